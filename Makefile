@@ -1,0 +1,37 @@
+# make demo   installs and runs the whole method on the embedded model; ends by naming the report to open
+# make test   installs and passes the tests
+# Both use the project's own environment in .venv and the pinned versions of constraints.txt.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# Two threads that spin for each other crawl on a shared machine.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check bench install
+
+demo: .venv/installed
+	.venv/bin/cotvalve demo --out runs/demo
+
+test: .venv/installed-dev
+	$(PY) -m pytest
+
+check: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+
+install: .venv/installed
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cotvalve needs Python 3.11 or newer: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv .venv
+
+# torch goes first and by its exact version: a looser line may fetch gigabytes of GPU libraries on a machine without a GPU.
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
+	touch $@

@@ -1,0 +1,185 @@
+"""The command line: one verb per stage. The only module that prints.
+
+Flags are made from the verb's settings class, so a flag, a recipe's field and its help are one thing. What a
+user can mend is one line and exit code 2; a stopped command goes on when it is given again.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import typer
+
+from cotvalve.errors import CotvalveError, unknown
+from cotvalve.progress import Drawn
+from cotvalve.settings import Settings
+
+try:
+    from typer.exceptions import TyperException as UsageProblem
+except ImportError:  # typer before it had exceptions of its own
+    from click import ClickException as UsageProblem
+
+app = typer.Typer(
+    name="cotvalve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="One dial for how long a language model thinks: theta + alpha * delta (CoT-Valve, arXiv 2502.09601).",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="List, fetch and check data sets.")
+app.add_typer(data_app, name="data")
+
+Run = Callable[[Any, Drawn], Path]
+
+
+def _verb(name: str, settings: type[Settings], run: Run, help: str, arguments: tuple[str, ...] = ()) -> None:
+    """Adds a command whose flags are the fields of `settings`; `arguments` are given by position."""
+
+    def command(**values: Any) -> None:
+        given = {key: value for key, value in values.items() if value is not None}
+        with Drawn() as progress:
+            _done(run(settings.read(given), progress))
+
+    parameters: list[inspect.Parameter] = []
+    for field, info in settings.model_fields.items():
+        default = info.default
+        if get_origin(info.annotation) is tuple:
+            default = ",".join(f"{value:g}" for value in default)
+        shown = "" if default is None or default == "" else f" [default: {default}]"
+        text = f"{' '.join((info.description or '').split())}{'' if field in arguments else shown}"
+        flag = f"--{field.replace('_', '-')}"
+        kind: Any
+        if field in arguments:
+            kind = Annotated[str, typer.Argument(help=text, metavar=field.upper(), show_default=False)]
+        elif info.annotation is bool:
+            kind = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
+        else:
+            # Values arrive as text and are read by the settings class: one place for types, ranges and messages.
+            choices = "|".join(info.annotation.__args__) if get_origin(info.annotation) is Literal else None
+            kind = Annotated[str | None, typer.Option(flag, help=text, show_default=False, metavar=choices or "VALUE")]
+        where = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(
+            inspect.Parameter(field, where, annotation=kind, default=inspect.Parameter.empty if field in arguments else None)
+        )
+    command.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.name not in arguments))  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(name, help=help)(command)
+
+
+def _done(path: Path) -> None:
+    print(path)
+
+
+def _register() -> None:
+    from cotvalve import pipeline
+
+    for name, verb in pipeline.VERBS.items():
+        _verb(name, verb.settings(), verb.run, verb.help, verb.arguments)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of one in recipes/.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Print stages, tokens, memory and GPU-hours; load and run nothing.")] = False,
+    out: Annotated[str | None, typer.Option(help="Folder for all steps; by default the recipe's.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with local copies of the data sets.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model than the recipe's.")] = None,
+) -> None:
+    """The whole pipeline from one file: train, mix, train again, sweep; goes on where it stopped."""
+    from cotvalve import pipeline
+
+    found = pipeline.read(recipe, out=out, data_dir=data_dir, model=model)
+    if plan:
+        from cotvalve.plan import describe
+
+        print(describe(found))
+        return
+    with Drawn() as progress:
+        for step, folder in pipeline.run(found, progress):
+            print(f"{step}: {folder}")
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[str, typer.Option(help="Run folder.")] = "runs/demo",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """The whole method on the embedded model, on a CPU, in minutes; ends with a report to look at."""
+    from cotvalve import pipeline
+
+    with Drawn() as progress:
+        folder = pipeline.demo(Path(out), seed, progress)
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    print(f"Open {folder / 'report.html'} in a browser.")
+
+
+@app.command("report")
+def report(run: Annotated[str, typer.Argument(help="Run folder of a sweep.")]) -> None:
+    """Figures, HTML and Markdown again from a finished sweep's rows."""
+    from cotvalve.sweep import redo
+
+    print(redo(Path(run)))
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """The data sets, their splits and sizes."""
+    from cotvalve import problems
+
+    print(problems.table())
+
+
+@data_app.command("check")
+def data_check(
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets; all by default.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with local copies of the data sets.")] = None,
+) -> None:
+    """Grades every gold answer of every set: all of them have to be right before a model is graded."""
+    from cotvalve import problems
+
+    results = problems.check(names or None, data_dir)
+    for result in results:
+        print(result.line())
+    if not all(result.passed for result in results):
+        raise SystemExit(1)
+
+
+@data_app.command("fetch")
+def data_fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets; all by default.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with local copies of the data sets.")] = None,
+) -> None:
+    """Downloads the data sets, so that everything after it works offline."""
+    from cotvalve import problems
+
+    for name in names or problems.NAMES:
+        for split in problems.splits(name):
+            print(f"{name} {split}: {len(problems.load(name, split=split, data_dir=data_dir))} problems")
+
+
+def main() -> None:
+    """The `cotvalve` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _register()
+        code = app(standalone_mode=False)
+        raise SystemExit(code if isinstance(code, int) else 0)
+    except UsageProblem as problem:
+        said = problem.format_message() if hasattr(problem, "format_message") else str(problem)
+        if said.startswith("No such command"):
+            said = unknown("command", said.split("'")[1], [*(c.name or "" for c in app.registered_commands), "data"])
+        _fail(said)
+    except CotvalveError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("cotvalve: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(said: str) -> None:
+    print(f"cotvalve: {' '.join(said.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

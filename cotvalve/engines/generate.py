@@ -1,0 +1,90 @@
+"""The plain engine: `model.generate` on left-padded batches, one alpha per row.
+
+Runs any architecture transformers can generate with. Rows of a batch wait for the longest one.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
+from cotvalve.types import Completion, Progress, Request, silent
+
+if TYPE_CHECKING:
+    from cotvalve.valve import Valve
+
+
+class GenerateEngine:
+    """`model.generate` behind the engine protocol."""
+
+    name = "generate"
+
+    def __init__(self, valve: "Valve", *, batch: int | None = None) -> None:
+        self.valve = valve
+        self.batch = batch or (64 if valve.model.device.type == "cuda" else 16)
+        self._codec = Codec(valve.model, valve.tokenizer)
+
+    def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
+        """See `Engine.generate`."""
+        encoded, refused = self._codec.encode(list(requests))
+        total, done = len(encoded) + len(refused), len(refused)
+        yield from refused
+        # Rows of like length and budget share a batch; with an exact task vector, rows of one alpha.
+        encoded.sort(key=lambda e: (0.0 if self.valve.rows else e.request.alpha, e.room, len(e.ids)))
+        start = 0
+        while start < len(encoded):
+            batch = encoded[start : start + self.batch]
+            if not self.valve.rows:
+                batch = [e for e in batch if e.request.alpha == batch[0].request.alpha]
+            start += len(batch)
+            for completion in self._run(batch):
+                done += 1
+                yield completion
+            progress("sample", done, total)
+
+    def _run(self, batch: list[Encoded]) -> list[Completion]:
+        model, width = self.valve.model, max(len(e.ids) for e in batch)
+        device = model.device
+        ids = torch.tensor([[0] * (width - len(e.ids)) + e.ids for e in batch], device=device)
+        mask = torch.tensor([[0] * (width - len(e.ids)) + [1] * len(e.ids) for e in batch], device=device)
+        alphas = [e.request.alpha for e in batch]
+        pad = self._codec.stops[0]
+        how = GenerationConfig(
+            max_new_tokens=max(e.room for e in batch), do_sample=False, eos_token_id=self._codec.stops, pad_token_id=pad
+        )
+        with torch.inference_mode(), self.valve.at(alphas if self.valve.rows else alphas[0]):
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=how,
+                logits_processor=LogitsProcessorList([_Draw(batch, width, device)]),
+            )  # fmt: skip
+        return [self._codec.completion(e, self._cut(row, e.room)) for e, row in zip(batch, out[:, width:].tolist(), strict=True)]
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        for i, token in enumerate(ids[:room]):
+            if token in self._codec.stops:
+                return ids[: i + 1]
+        return ids[:room]
+
+
+class _Draw(LogitsProcessor):
+    """Leaves only the token that the request's own random number picks, so that greedy search takes it."""
+
+    def __init__(self, batch: list[Encoded], width: int, device: torch.device) -> None:
+        self.width = width
+        self.temperature = torch.tensor([e.request.temperature for e in batch], device=device)
+        self.top_p = torch.tensor([e.request.top_p for e in batch], device=device)
+        most = max(e.request.max_new_tokens for e in batch)
+        self.uniform = torch.zeros(len(batch), most, device=device)
+        for row, e in enumerate(batch):
+            if e.request.temperature > 0:
+                self.uniform[row, : e.request.max_new_tokens] = torch.from_numpy(uniforms(e.request)).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool((self.temperature > 0).any()):
+            return scores
+        top_p = self.top_p if bool((self.top_p < 1).any()) else None
+        token = sample(scores, self.uniform[:, input_ids.shape[1] - self.width], self.temperature, top_p)
+        return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)

@@ -1,0 +1,364 @@
+"""The default engine: own decoding loop on a transformers model, on CPU and GPU.
+
+A fixed number of slots holds one chain each; a slot is refilled as soon as its chain ends, so short chains
+never wait for long ones. Every row has its own alpha and its own position in a static key-value cache.
+On CUDA the decoding step is a graph, captured once per (rows, cache length) and replayed: alphas live in a
+tensor the graph reads, so a new alpha costs nothing.
+
+Left out on purpose: sliding-window, linear and soft-capped attention (`unsupported` says so and the plain
+engine takes over), beam search, speculative decoding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
+from cotvalve.errors import EngineError
+from cotvalve.types import Completion, Progress, Request, silent
+
+if TYPE_CHECKING:
+    from cotvalve.valve import Valve
+
+ATTENTION = "cotvalve_slots"
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """SDPA; a decoding step folds the query heads that share a key head into the query length.
+
+    [B, H, 1, D] -> [B, K, H/K, D], so that keys and values are read once and not copied H/K times.
+    """
+    if query.shape[2] != 1 or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows, heads, _, _ = query.shape
+    folded = query.reshape(rows, key.shape[1], heads // key.shape[1], -1)
+    out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+# Without a mask function under this name, transformers hands masks through as they are given.
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def unsupported(model: PreTrainedModel) -> str:
+    """Why this engine cannot run `model`, or an empty string."""
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "it has layers other than full attention"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "it has sliding-window attention"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps attention logits"
+    return ""
+
+
+class _Window:
+    """Which part of the cache the next forward reads and writes; shared by all layers."""
+
+    def __init__(self) -> None:
+        self.slots: Tensor | None = None
+        """Prefill: the slot of each row [n]. None in a decoding step."""
+        self.rows = self.length = 0
+        """Decoding: the first `rows` slots up to cache position `length`."""
+        self.position: Tensor | None = None
+        """Decoding: where each row writes, [rows]."""
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, heads, length, dim], written at each row's own position."""
+
+    def __init__(self, window: _Window, slots: int, length: int) -> None:
+        super().__init__()
+        self.window, self.slots, self.length = window, slots, length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = (self.slots, key_states.shape[1], self.length)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        window = self.window
+        if window.slots is not None:
+            width = key_states.shape[2]
+            self.keys[window.slots, :, :width] = key_states
+            self.values[window.slots, :, :width] = value_states
+            return key_states, value_states
+        every = torch.arange(window.rows, device=key_states.device)
+        self.keys[every, :, window.position] = key_states[:, :, 0]
+        self.values[every, :, window.position] = value_states[:, :, 0]
+        return self.keys[: window.rows, :, : window.length], self.values[: window.rows, :, : window.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.length
+
+
+class TransformersEngine:
+    """Slots on a transformers model."""
+
+    name = "transformers"
+
+    def __init__(self, valve: Valve, *, batch: int | None = None, graphs: bool | None = None) -> None:
+        """`batch` slots (None: from memory); `graphs` None means CUDA graphs on CUDA."""
+        if why := unsupported(valve.model):
+            raise EngineError(f"engine 'transformers' cannot run {type(valve.model).__name__}: {why}; use engine 'generate'")
+        self.valve, self.batch = valve, batch
+        cuda = valve.model.device.type == "cuda"
+        self.graphs = cuda if graphs is None else graphs and cuda
+        self._codec = Codec(valve.model, valve.tokenizer)
+
+    def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
+        """See `Engine.generate`. Out of memory halves the slots and goes on with what is unfinished."""
+        encoded, refused = self._codec.encode(list(requests))
+        yield from refused
+        total, done, tokens, began = len(encoded) + len(refused), len(refused), 0, time.monotonic()
+        groups: dict[float, list[Encoded]] = {}
+        for e in encoded:
+            groups.setdefault(0.0 if self.valve.rows else e.request.alpha, []).append(e)
+        before = self.valve.model.config._attn_implementation
+        for alpha in sorted(groups):
+            # Longest first: what needs most memory comes while the run can still be made smaller.
+            waiting = sorted(groups[alpha], key=lambda e: -(len(e.ids) + e.room))
+            slots = min(self.batch or self._slots_that_fit(waiting[0]), len(waiting))
+            while waiting:
+                batch: _Batch | None = None
+                self.valve.model.set_attn_implementation(ATTENTION)
+                try:
+                    batch = _Batch(self, waiting, slots, alpha)
+                    while batch.busy:
+                        for completion in batch.advance():
+                            done += 1
+                            tokens += completion.tokens
+                            yield completion
+                        progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+                    waiting = []
+                except torch.OutOfMemoryError as error:
+                    waiting = batch.unfinished() if batch else waiting
+                    if slots == 1:
+                        raise EngineError("out of memory with a single chain at a time; lower max_new_tokens") from error
+                    slots = max(1, slots // 2)
+                    del batch
+                    torch.cuda.empty_cache()
+                    progress("sample", done, total, f"out of memory: going on with {slots} slots")
+                finally:
+                    self.valve.model.set_attn_implementation(before)
+
+    def _slots_that_fit(self, longest: Encoded) -> int:
+        model = self.valve.model
+        if model.device.type != "cuda":
+            return 64
+        config = model.config
+        heads = config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * dim
+        chain = width * (len(longest.ids) + longest.room) * model.dtype.itemsize
+        # logits and their sampling copies take about 16 bytes a row and vocabulary entry
+        chain += config.vocab_size * 16
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return max(1, min(1024, int(free * 0.7 / chain)))
+
+
+class _Batch:
+    """The slots while one list of requests runs."""
+
+    def __init__(self, engine: TransformersEngine, waiting: list[Encoded], slots: int, alpha: float) -> None:
+        self.valve, self.codec, self.graphs_on = engine.valve, engine._codec, engine.graphs
+        self.model = engine.valve.model
+        self.device = self.model.device
+        self.cuda = self.device.type == "cuda"
+        self.grain = 128 if self.cuda else 32
+        """Cache lengths are rounded up to this, so that few graphs are captured."""
+        self.burst = 8 if self.cuda else 4
+        """Decoding steps between two looks at what has finished."""
+        self.whole = alpha
+        self.waiting = deque(waiting)
+        self.slots: list[Encoded | None] = [None] * slots
+        self.filled = [0] * slots
+        """Per slot, an upper bound of the next cache position."""
+        new = max(e.room for e in waiting)
+        length = self._round(max(len(e.ids) + e.room for e in waiting))
+        config = self.model.config
+        self.window = _Window()
+        self.cache = Cache(layers=[_SlotLayer(self.window, slots, length) for _ in range(config.num_hidden_layers)])
+        self.length = length
+        long = {"dtype": torch.long, "device": self.device}
+        self.ids, self.position, self.count, self.room = (torch.zeros(slots, **long) for _ in range(4))
+        self.alive = torch.zeros(slots, dtype=torch.bool, device=self.device)
+        self.out = torch.zeros(slots, new, **long)
+        self.alpha, self.temperature = (torch.zeros(slots, device=self.device) for _ in range(2))
+        self.top_p = torch.ones(slots, device=self.device)
+        self.sampled = any(e.request.temperature > 0 for e in waiting)
+        self.cut = any(e.request.top_p < 1 for e in waiting)
+        self.uniform = torch.zeros(slots, new if self.sampled else 1, device=self.device)
+        self.stops = torch.tensor(self.codec.stops, **long)
+        self.every = torch.arange(length, device=self.device)
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.rows = slots
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or any(self.slots)
+
+    def unfinished(self) -> list[Encoded]:
+        """Everything that has not been yielded, to be run again from its prompt."""
+        return [e for e in self.slots if e is not None] + list(self.waiting)
+
+    def _round(self, length: int) -> int:
+        return -(-length // self.grain) * self.grain
+
+    @torch.inference_mode()
+    def advance(self) -> list[Completion]:
+        """Admits, decodes one burst, and hands back what has finished."""
+        free = [i for i in range(self.rows) if self.slots[i] is None]
+        if self.waiting and (len(free) >= max(1, self.rows // 8) or len(free) == self.rows):
+            self._admit(free)
+        elif not self.waiting:
+            self._compact()
+        steps = min(self.burst, max(e.room for e in self.slots if e is not None))
+        length = min(self.length, self._round(max(self.filled[i] for i in range(self.rows) if self.slots[i]) + steps))
+        for _ in range(steps):
+            self._step(length)
+        for i in range(self.rows):
+            self.filled[i] += steps
+        return self._harvest()
+
+    def _admit(self, free: list[int]) -> None:
+        """Fills free slots. A prompt is cached but for its last token, which the next step reads."""
+        taken: list[tuple[int, Encoded]] = []
+        while free and self.waiting:
+            taken.append((free.pop(), self.waiting.popleft()))
+        taken.sort(key=lambda pair: -len(pair[1].ids))
+        index = torch.tensor([slot for slot, _ in taken], device=self.device)
+        encoded = [e for _, e in taken]
+
+        def put(name: str, values: list[Any]) -> None:
+            old: Tensor = getattr(self, name)
+            old[index] = torch.tensor(values, dtype=old.dtype, device=self.device)
+
+        put("ids", [e.ids[-1] for e in encoded])
+        put("position", [len(e.ids) - 1 for e in encoded])
+        put("room", [e.room for e in encoded])
+        put("alpha", [e.request.alpha for e in encoded])
+        put("temperature", [e.request.temperature for e in encoded])
+        put("top_p", [e.request.top_p for e in encoded])
+        self.count[index] = 0
+        self.alive[index] = True
+        for slot, e in taken:
+            self.slots[slot], self.filled[slot] = e, len(e.ids)
+            if e.request.temperature > 0:
+                self.uniform[slot, : e.room] = torch.from_numpy(uniforms(e.request)[: e.room]).to(self.device)
+        budget, start = 16384 if self.cuda else 4096, 0
+        while start < len(taken) and (width := len(encoded[start].ids) - 1) > 0:
+            stop = start + max(1, budget // width)
+            self._prefill(index[start:stop], encoded[start:stop], width)
+            start = stop
+
+    def _prefill(self, slots: Tensor, encoded: list[Encoded], width: int) -> None:
+        ids = torch.tensor([e.ids[:-1] + [0] * (width - len(e.ids) + 1) for e in encoded], device=self.device)
+        self.window.slots = slots
+        with self.valve.at(self.alpha[slots] if self.valve.rows else self.whole):
+            # Causal attention never looks right, so padding on the right needs no mask.
+            self.model(
+                input_ids=ids, position_ids=torch.arange(width, device=self.device)[None].expand(len(encoded), -1),
+                past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+        self.window.slots = None
+
+    def _step(self, length: int) -> None:
+        if not self.graphs_on:
+            return self._decode(length)
+        key = self.rows, length
+        if key in self.graphs:
+            return self.graphs[key].replay()
+        # The first step of a shape runs eagerly (it is a real step, and it warms the libraries up); the
+        # graph is captured after it, which runs nothing.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._decode(length)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self._decode(length)
+        self.graphs[key] = graph
+
+    def _decode(self, length: int) -> None:
+        """One token for the first `rows` slots; rows that have ended stay where they are."""
+        n = self.rows
+        ids, position, count, alive = self.ids[:n], self.position[:n], self.count[:n], self.alive[:n]
+        self.window.rows, self.window.length, self.window.position = n, length, position
+        mask = (self.every[:length] <= position[:, None])[:, None, None]
+        with self.valve.at(self.alpha[:n] if self.valve.rows else self.whole):
+            logits = self.model(
+                input_ids=ids[:, None], position_ids=position[:, None], attention_mask=mask,
+                past_key_values=self.cache, use_cache=True,
+            ).logits[:, -1]  # fmt: skip
+        if self.sampled:
+            uniform = self.uniform[:n].gather(1, count[:, None].clamp_max(self.uniform.shape[1] - 1))[:, 0]
+            token = sample(logits, uniform, self.temperature[:n], self.top_p[:n] if self.cut else None)
+        else:
+            token = logits.argmax(-1)
+        token = torch.where(alive, token, ids)
+        slot = count[:, None].clamp_max(self.out.shape[1] - 1)
+        self.out[:n].scatter_(1, slot, torch.where(alive[:, None], token[:, None], self.out[:n].gather(1, slot)))
+        ids.copy_(token)
+        count.add_(alive)
+        position.add_(alive)
+        alive.logical_and_((token[:, None] != self.stops).all(1) & (count < self.room[:n]))
+
+    def _harvest(self) -> list[Completion]:
+        alive, count = self.alive[: self.rows].tolist(), self.count[: self.rows].tolist()
+        ended = [i for i in range(self.rows) if self.slots[i] is not None and not alive[i]]
+        if not ended:
+            return []
+        out = self.out[torch.tensor(ended, device=self.device)].tolist()
+        found: list[Completion] = []
+        for i, ids in zip(ended, out, strict=True):
+            e = self.slots[i]
+            assert e is not None
+            found.append(self.codec.completion(e, ids[: count[i]]))
+            self.slots[i], self.filled[i] = None, 0
+        return found
+
+    def _compact(self) -> None:
+        """With nothing left to admit, moves the live rows to the front once half of the rows have ended."""
+        live = [i for i in range(self.rows) if self.slots[i] is not None]
+        rows = max(8 if self.cuda else 1, 1 << (len(live) - 1).bit_length())
+        if rows > self.rows // 2:
+            return
+        order = live + [i for i in range(self.rows) if self.slots[i] is None][: rows - len(live)]
+        index = torch.tensor(order, device=self.device)
+        for name in ("ids", "position", "count", "room", "alive", "out", "alpha", "temperature", "top_p", "uniform"):
+            state: Tensor = getattr(self, name)
+            state[:rows] = state[index]
+        reach = max(self.filled[i] for i in live)
+        for layer in self.cache.layers:
+            for cached in (layer.keys, layer.values):
+                cached[:rows, :, :reach] = cached[index, :, :reach]
+        self.slots = [self.slots[i] for i in order]
+        self.filled = [self.filled[i] for i in order]
+        self.rows = rows

@@ -1,0 +1,354 @@
+"""Stage 2: MixChain data. Sample over a grid of alphas, grade, keep what is right.
+
+Comes in: a valve and problems with gold answers. Goes out: questions with several right chains of different
+lengths, in `mixchain.parquet` beside a table of what was dropped and why. Every sampled chain is a row in the
+run folder the moment it ends; a killed run goes on with the same chains it would have written.
+
+    cotvalve mix --model BASE --direction D --data gsm8k --out mix
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from cotvalve.engines import pick
+from cotvalve.errors import DataError, SettingError
+from cotvalve.grading import grade
+from cotvalve.problems import NAMES, fingerprint
+from cotvalve.problems import load as load_problems
+from cotvalve.problems.dataset import hub_rows
+from cotvalve.prompts import chain_from_solution, prompt, render, thinks
+from cotvalve.records import Json, Run, read_json, read_jsonl, write_json, write_parquet
+from cotvalve.settings import Alphas, ModelSettings
+from cotvalve.types import Chain, Completion, MixChain, Problem, Progress, Request, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cotvalve.engines import Engine
+
+
+class Sampling(ModelSettings):
+    """How chains are sampled: shared by `mix` and `sweep`."""
+
+    alphas: Alphas = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Positions of the valve, with commas."""
+    samples: int = 1
+    """Chains per question and alpha."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling: the probability mass that is kept."""
+    max_new_tokens: int = 1024
+    """Longest chain; a chain that reaches it is truncated and counted as such."""
+    prompt: str = "boxed"
+    """How questions are asked: boxed, plain, budget, shortcut, ..."""
+    budget: int | None = None
+    """Token budget for the prompts that ask for one."""
+    seed: int = 0
+    """Seed of everything random in this run."""
+    engine: str = "auto"
+    """auto, transformers or generate."""
+    slots: int | None = None
+    """Chains decoded at once; sized from the memory when not given."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise ValueError("samples and max_new_tokens have to be 1 or more")
+        if self.samples > 1 and self.temperature <= 0:
+            raise ValueError("several samples at temperature 0 are all the same; give a temperature, for example 0.7")
+
+
+class MixSettings(Sampling):
+    """Settings of `mix`."""
+
+    direction: str = ""
+    """The direction whose positions are sampled; empty samples the plain model at alpha 0."""
+    data: str = "gsm8k"
+    """A data set: its training questions are answered."""
+    limit: int | None = None
+    """A seeded random subset of this many questions."""
+    # The paper's grid (A.3), and the ends.
+    alphas: Alphas = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """Positions of the valve, with commas; the default is the paper's grid and its ends."""
+    samples: int = 2
+    """Chains per question and alpha."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    solutions: bool = False
+    """Also take the human-written solution as a chain of its question."""
+    fewest: int = 2
+    """Questions with fewer right chains than this are left out, and counted."""
+    out: str = "runs/mix"
+    """Run folder; mixchain.parquet is put into it."""
+
+
+def requests_for(
+    problems: Sequence[Problem], how: Sampling, tokenizer: "PreTrainedTokenizerBase", alphas: Iterable[float] | None = None
+) -> Iterator[Request]:
+    """One request per problem, alpha and sample; its id is the row's key, its seed follows from the id."""
+    way = prompt(how.prompt)
+    for problem in problems:
+        text = render(tokenizer, problem.question, way, how.budget)
+        for alpha in how.alphas if alphas is None else alphas:
+            for sample in range(how.samples):
+                key = f"{problem.id}|{alpha:g}|{sample}"
+                digest = hashlib.blake2b(f"{how.seed}|{key}".encode(), digest_size=8).digest()
+                yield Request(
+                    key, text, alpha, how.max_new_tokens, how.temperature, how.top_p, int.from_bytes(digest, "big") >> 1
+                )
+
+
+def sample_rows(
+    run: Run,
+    engine: "Engine",
+    problems: Sequence[Problem],
+    requests: Iterable[Request],
+    progress: Progress = silent,
+    prefix: str = "",
+) -> list[Json]:
+    """Samples and grades whatever `run` does not hold yet; returns all rows whose key starts with `prefix`.
+
+    A row: problem, alpha, sample, text, tokens, reasoning_tokens, prompt_tokens, finish, correct, predicted,
+    reason, subset.
+    """
+    by_id = {problem.id: problem for problem in problems}
+    have = run.rows.keys()
+    todo = [request for request in requests if prefix + request.id not in have]
+    for completion in engine.generate(todo, progress):
+        name, _, sample = completion.id.rsplit("|", 2)
+        run.rows.add(prefix + completion.id, row(by_id[name], completion, int(sample)))
+    return run.rows.rows(prefix)
+
+
+def row(problem: Problem, completion: Completion, sample: int) -> Json:
+    """One graded completion as it is stored."""
+    judged = grade(problem, completion.text, truncated=completion.truncated)
+    return {
+        "problem": problem.id,
+        "alpha": completion.alpha,
+        "sample": sample,
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "reasoning_tokens": completion.reasoning_tokens,
+        "prompt_tokens": completion.prompt_tokens,
+        "finish": completion.finish,
+        "correct": judged.correct and completion.finish != "error",
+        "predicted": judged.predicted,
+        "reason": completion.reason or judged.reason,
+        "subset": problem.subset,
+    }
+
+
+@dataclass(frozen=True)
+class MixReport:
+    """What became of the sampled chains, and how long they are (like the paper's Table 9)."""
+
+    questions: int
+    kept_questions: int
+    sampled: int
+    kept: int
+    wrong: int
+    truncated: int
+    failed: int
+    duplicates: int
+    few: int
+    """Right chains of questions that were left out for having too few."""
+    by_alpha: dict[str, Json]
+    """Per alpha ('human' for solutions): sampled, right, kept, mean tokens of the kept."""
+
+    def as_json(self) -> Json:
+        """Plain data for `mix.json`."""
+        return dict(vars(self))
+
+
+def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings, solutions: dict[str, Chain] | None = None) -> tuple[list[MixChain], MixReport]:  # fmt: skip
+    """MixChain from graded rows: wrong, truncated, failed and repeated chains dropped and counted.
+
+    `solutions` maps a problem's id to its human-written chain, where those take part.
+    """
+    counts: Counter[str] = Counter()
+    tables: dict[str, Counter[str]] = defaultdict(Counter)
+    chains: dict[str, list[Chain]] = defaultdict(list)
+    seen: set[tuple[str, str]] = set()
+    for r in rows:
+        table = tables[f"{r['alpha']:g}"]
+        table["sampled"] += 1
+        fate = "failed" if r["finish"] == "error" else "truncated" if r["finish"] == "length" else "" if r["correct"] else "wrong"
+        if fate:
+            counts[fate] += 1
+            continue
+        table["right"] += 1
+        if (r["problem"], r["text"]) in seen:
+            counts["duplicates"] += 1
+            continue
+        seen.add((r["problem"], r["text"]))
+        chains[r["problem"]].append(Chain(r["text"], r["tokens"], r["alpha"]))
+    for name, chain in (solutions or {}).items():
+        tables["human"]["sampled"] += 1
+        tables["human"]["right"] += 1
+        chains[name].append(chain)
+    mix: list[MixChain] = []
+    for problem in problems:
+        found = sorted(chains[problem.id], key=lambda chain: (-chain.tokens, chain.text))
+        if len(found) < how.fewest:
+            counts["few"] += len(found)
+            continue
+        mix.append(MixChain(problem, tuple(found)))
+        for chain in found:
+            table = tables["human" if chain.alpha is None else f"{chain.alpha:g}"]
+            table["kept"] += 1
+            table["tokens"] += chain.tokens
+    report = MixReport(
+        questions=len(problems), kept_questions=len(mix), sampled=len(rows), kept=sum(len(m.chains) for m in mix),
+        wrong=counts["wrong"], truncated=counts["truncated"], failed=counts["failed"],
+        duplicates=counts["duplicates"], few=counts["few"],
+        by_alpha={
+            alpha: {"sampled": t["sampled"], "right": t["right"], "kept": t["kept"],
+                    "mean_tokens": round(t["tokens"] / t["kept"], 1) if t["kept"] else None}
+            for alpha, t in sorted(tables.items(), key=lambda item: (item[0] == "human", float(item[0]) if item[0] != "human" else 0.0))
+        },
+    )  # fmt: skip
+    return mix, report
+
+
+def save(folder: Path, mix: Sequence[MixChain], report: MixReport | None = None) -> Path:
+    """Writes `mixchain.parquet` (id, question, answer, kind, chains) and `mix.json`; returns the Parquet's path."""
+    path = folder / "mixchain.parquet"
+    write_parquet(
+        path,
+        (
+            {
+                "id": m.problem.id,
+                "question": m.problem.question,
+                "answer": m.problem.answer,
+                "kind": m.problem.kind,
+                "chains": [{"text": c.text, "tokens": c.tokens, "alpha": c.alpha, "solution": c.solution} for c in m.chains],
+            }
+            for m in mix
+        ),
+    )
+    if report is not None:
+        write_json(folder / "mix.json", report.as_json())
+    return path
+
+
+def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixChain]:
+    """MixChain from a run folder of `mix`, a Parquet or JSON lines file, or a hub id of the authors' sets.
+
+    Knows two forms: ours (a `chains` column) and the authors' (question, answer, solution_0..4, correct_k;
+    solution_0 is the human one). Chains marked as wrong are left out. Raises DataError naming the row.
+    """
+    mix: list[MixChain] = []
+    for number, row in _table(source):
+        where = f"{source}: row {number}"
+        try:
+            answer = str(row["answer"])
+            question = str(row.get("question") or row["problem"])
+        except KeyError as error:
+            raise DataError(f"{where} has no column {error}; MixChain needs question, answer and chains or solution_k") from None
+        if row.get("chains") is not None:
+            chains = [Chain(c["text"], int(c["tokens"]), c.get("alpha"), c.get("solution")) for c in row["chains"]]
+        else:
+            columns = sorted(int(k.removeprefix("solution_")) for k in row if k.startswith("solution_") and k[9:].isdigit())
+            if not columns:
+                raise DataError(f"{where} has neither 'chains' nor 'solution_0', 'solution_1', ...")
+            chains = [
+                Chain(text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), solution=k)
+                for k in columns
+                if (text := row[f"solution_{k}"]) and row.get(f"correct_{k}") not in (False, 0, "False", "false")
+            ]
+            # The authors' answer column may hold the whole human solution with "####" before the number.
+            answer = str(row.get("target") or answer).rpartition("####")[2].strip()
+        chains.sort(key=lambda chain: -chain.tokens)
+        mix.append(MixChain(Problem(str(row.get("id") or number), question, answer, row.get("kind") or "number"), tuple(chains)))
+    if not any(m.chains for m in mix):
+        raise DataError(f"{source}: no right chain in it")
+    return mix
+
+
+def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
+    path = Path(source)
+    if path.is_dir() and (path / "mixchain.parquet").exists():
+        path = path / "mixchain.parquet"
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+        return
+    if path.suffix == ".json":
+        yield from enumerate(read_json(path), 1)
+        return
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file") from None
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{path}: not readable as Parquet ({error})") from None
+        yield from enumerate(table.to_pylist(), 1)
+        return
+    if path.exists():
+        raise DataError(f"{path}: expected a run folder of `mix` or a .parquet, .jsonl or .json file")
+    if str(source).count("/") != 1:
+        raise DataError(f"{source}: no such file or folder")
+    for row in hub_rows(str(source), None, "train", None):
+        yield row.number, row.values
+
+
+def run(settings: MixSettings, progress: Progress = silent) -> Path:
+    """Samples what is missing and writes the MixChain set; returns the run folder."""
+    problems = training_problems(settings.data, settings.data_dir, settings.limit, settings.seed)
+    valve = settings.load_valve(settings.direction or None)
+    facts = {**valve.facts(), "data": f"{settings.data} train ({len(problems)} questions, {fingerprint(problems)[:12]})"}
+    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "data_dir", "device"})
+    with Run(Path(settings.out), "mix", decisive, facts) as at:
+        asked = requests_for(problems, settings, valve.tokenizer, settings.alphas if settings.direction else [0.0])
+        rows = sample_rows(at, pick(settings.engine, valve, settings.slots), problems, asked, progress)
+        human = short_chains(problems, valve.tokenizer, thinks(valve.tokenizer)) if settings.solutions else []
+        mix, report = assemble(rows, problems, settings, {m.problem.id: m.chains[0] for m in human})
+        describe(mix)
+        save(at.folder, mix, report)
+    return at.folder
+
+
+def training_problems(data: str, data_dir: str | None, limit: int | None, seed: int) -> list[Problem]:
+    """The training questions of a set. A set with only a test split is refused: nothing is learned on it."""
+    return load_problems(data, split="train" if data in NAMES else "test", data_dir=data_dir, limit=limit, seed=seed)
+
+
+def is_mixchain(data: str) -> bool:
+    """True when `data` names MixChain (a run folder, a file with chains, a hub id), not a data set of problems."""
+    if data in NAMES:
+        return False
+    if data.endswith(".jsonl") and Path(data).exists():
+        _, first = next(read_jsonl(Path(data)))
+        return "chains" in first or "solution_0" in first
+    return True
+
+
+def short_chains(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", thinking: bool) -> list[MixChain]:
+    """Human-written solutions as one-chain MixChain: the cold start's data (eq. 2)."""
+    texts = [chain_from_solution(problem, thinking) for problem in problems]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        MixChain(problem, (Chain(text, len(own), solution=0),))
+        for problem, text, own in zip(problems, texts, ids, strict=True)
+    ]
+
+
+def describe(mix: Sequence[MixChain]) -> dict[str, float]:
+    """Questions, chains, and mean tokens of the longest and the shortest chain of a question."""
+    if not mix:
+        raise SettingError("no question has enough right chains; sample more, or lower --fewest")
+    return {
+        "questions": len(mix),
+        "chains": sum(len(m.chains) for m in mix),
+        "longest": mean(m.chains[0].tokens for m in mix),
+        "shortest": mean(m.chains[-1].tokens for m in mix),
+    }

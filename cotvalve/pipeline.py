@@ -1,0 +1,163 @@
+"""The verbs by name, and recipes: a YAML file of steps, each a verb with its settings.
+
+    name: tiny
+    common: {model: tiny-reasoner, data: arithmetic}
+    steps:
+      valve: {verb: train, recipe: valve}
+      mix:   {verb: mix, direction: $valve}          # $valve is the folder of the step called valve
+      plus:  {verb: train, recipe: plus, data: $mix}
+
+Steps run in their order, each in its own run folder under the recipe's `out`; the same command goes on where
+it stopped. A recipe's fields are the flags of its verbs.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cotvalve.errors import DataError, SettingError, unknown
+from cotvalve.records import read_json, write_json
+from cotvalve.settings import Settings
+from cotvalve.types import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command: the module that has its settings class and its `run`."""
+
+    module: str
+    class_name: str
+    help: str
+    arguments: tuple[str, ...] = ()
+    """Settings given by position at the command line."""
+    function: str = "run"
+
+    def settings(self) -> type[Settings]:
+        """The verb's settings class."""
+        return getattr(importlib.import_module(self.module), self.class_name)
+
+    def run(self, settings: Any, progress: Progress = silent) -> Path:
+        """Does the work; returns the folder or file it made."""
+        return getattr(importlib.import_module(self.module), self.function)(settings, progress)
+
+
+VERBS: dict[str, Verb] = {
+    "extract": Verb(
+        "cotvalve.verbs", "ExtractSettings", "A direction from two checkpoints: exact, or low rank with its energy.",
+        ("base", "reasoner"), "extract",
+    ),
+    "train": Verb("cotvalve.train", "TrainSettings", "Learn a direction: valve, plus (++) or progressive (+P).", ("recipe",)),
+    "mix": Verb("cotvalve.mixchain", "MixSettings", "MixChain data: sample over alphas, grade, keep what is right."),
+    "sweep": Verb("cotvalve.sweep", "SweepSettings", "Accuracy, tokens and ACU over alphas, with baselines and intervals."),
+    "fuse": Verb("cotvalve.verbs", "FuseSettings", "A plain checkpoint at one alpha; it has no dial any more.", (), "fuse"),
+}  # fmt: skip
+"""Everything that makes a run folder. The verbs are also the steps of a recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a recipe, its settings checked."""
+
+    name: str
+    verb: str
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe, read and checked."""
+
+    name: str
+    about: str
+    out: Path
+    steps: tuple[Step, ...]
+    sizes: Mapping[str, Any]
+    """The model's architecture, for plans made without the model's config at hand."""
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.exists():
+        return path
+    here = [Path(str(files("cotvalve") / "assets" / "recipes")), Path(__file__).parent.parent / "recipes"]
+    known = {found.stem: found for folder in here if folder.is_dir() for found in sorted(folder.glob("*.yaml"))}
+    if path.name.removesuffix(".yaml") in known and str(path.parent) in (".", "recipes"):
+        return known[path.name.removesuffix(".yaml")]
+    raise SettingError(unknown("recipe", name, known))
+
+
+def read(name: str, out: str | None = None, data_dir: str | None = None, model: str | None = None) -> Recipe:
+    """A recipe with all settings checked before anything runs; the arguments replace its own fields."""
+    path = recipe_path(name)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("steps"), dict):
+        raise DataError(f"{path}: a recipe needs `steps:` with a verb in each; see recipes/tiny.yaml")
+    for field in found:
+        if field not in ("name", "about", "out", "common", "steps", "sizes"):
+            raise SettingError(f"{path}: {unknown('field', field, ['name', 'about', 'out', 'common', 'steps', 'sizes'])}")
+    home = Path(out or found.get("out") or f"runs/{found.get('name') or path.stem}")
+    common = {**(found.get("common") or {}), **{k: v for k, v in (("data_dir", data_dir), ("model", model)) if v is not None}}
+    folders: dict[str, Path] = {}
+    steps: list[Step] = []
+    for step, fields in found["steps"].items():
+        fields = dict(fields or {})
+        verb = fields.pop("verb", None)
+        if verb not in VERBS:
+            raise SettingError(f"{path}: step '{step}': {unknown('verb', str(verb), VERBS)}")
+        cls = VERBS[verb].settings()
+        for field in common:
+            if not any(field in v.settings().model_fields for v in VERBS.values()):
+                raise SettingError(f"{path}: common: {unknown('setting', field, {f for v in VERBS.values() for f in v.settings().model_fields})}")
+        values = {**{k: v for k, v in common.items() if k in cls.model_fields}, **fields}
+        folders[step] = home / step
+        try:
+            settings = cls.read({**{k: _filled(v, folders, step) for k, v in values.items()}, "out": str(folders[step])})
+        except SettingError as error:
+            raise SettingError(f"{path}: step '{step}': {error}") from None
+        steps.append(Step(step, verb, settings))
+    return Recipe(str(found.get("name") or path.stem), str(found.get("about") or ""), home, tuple(steps), found.get("sizes") or {})
+
+
+def _filled(value: Any, folders: Mapping[str, Path], step: str) -> Any:
+    """`$name` inside text becomes that earlier step's folder."""
+    if not isinstance(value, str) or "$" not in value:
+        return value
+    for name in sorted(folders, key=len, reverse=True):
+        if name != step:
+            value = value.replace(f"${name}", str(folders[name]))
+    if "$" in value:
+        raise SettingError(unknown("step", value.partition("$")[2], [name for name in folders if name != step]))
+    return value
+
+
+def run(recipe: Recipe, progress: Progress = silent) -> Iterator[tuple[str, Path]]:
+    """Runs the steps in order; yields (step, what it made). Finished steps are passed over."""
+    record = recipe.out / "steps.json"
+    done: dict[str, Any] = read_json(record) if record.exists() else {}
+    for step in recipe.steps:
+        settings = step.settings.model_dump(mode="json")
+        if step.name not in done or done[step.name]["settings"] != settings:
+            made = VERBS[step.verb].run(step.settings, lambda task, *rest, s=step: progress(f"{s.name}: {task}", *rest))
+            done[step.name] = {"settings": settings, "made": str(made)}
+            write_json(record, done)
+        yield step.name, Path(done[step.name]["made"])
+
+
+def demo(out: Path, seed: int = 0, progress: Progress = silent) -> Path:
+    """The recipe `tiny` on the embedded model; returns the sweep's folder, which holds the report."""
+    recipe = read("tiny", out=str(out))
+    steps = tuple(
+        Step(step.name, step.verb, step.settings.but(seed=seed) if "seed" in type(step.settings).model_fields else step.settings)
+        for step in recipe.steps
+    )
+    made = dict(run(Recipe(recipe.name, recipe.about, recipe.out, steps, recipe.sizes), progress))
+    return made["sweep"].parent

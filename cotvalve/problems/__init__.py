@@ -1,0 +1,175 @@
+"""Data sets: a name to a list of Problems, from the published source or from a local folder, always the same ones.
+
+    problems = load("gsm8k", split="test", limit=200, seed=1)
+
+`_SETS` lists every set; a new one is one file with one `DataSet` in it and one entry here. `check` grades
+every gold answer of a set before any model is graded.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cotvalve.answers import boxes
+from cotvalve.errors import DataError, SettingError, unknown
+from cotvalve.grading import grade, why_unreadable
+from cotvalve.problems import arithmetic, jsonl
+from cotvalve.problems.aime import AIME24, AIME25
+from cotvalve.problems.asdiv import ASDIV
+from cotvalve.problems.dataset import ENVIRONMENT, DataSet
+from cotvalve.problems.gsm8k import GSM8K
+from cotvalve.problems.math500 import MATH500
+from cotvalve.problems.prm12k import PRM12K
+from cotvalve.types import Problem, Progress, silent
+
+ARITHMETIC = DataSet(
+    "arithmetic",
+    {str(split): size for split, size in arithmetic.SIZES.items()},
+    "made by the seeded generator in the package",
+    "Apache-2.0",
+    lambda split, _folder: arithmetic.load(split),
+)
+
+_SETS: dict[str, DataSet] = {each.name: each for each in (GSM8K, MATH500, ASDIV, AIME24, AIME25, PRM12K, ARITHMETIC)}
+NAMES: tuple[str, ...] = tuple(_SETS)
+
+
+def describe(name: str) -> DataSet:
+    """Sizes, source and licence of the set called `name`."""
+    if name not in _SETS:
+        raise SettingError(unknown("data set", name, NAMES) + ", or a path to a .jsonl file")
+    return _SETS[name]
+
+
+def splits(name: str) -> tuple[str, ...]:
+    """The splits of the set called `name`; a JSON lines file has one, 'test'."""
+    return ("test",) if _is_path(name) else tuple(describe(name).sizes)
+
+
+def load(
+    name: str, *, split: str = "test", data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
+) -> list[Problem]:
+    """The problems of one split, in published order.
+
+    `name` is one of NAMES or a path to a .jsonl file (whose only split is itself). `data_dir` is a folder laid
+    out as docs/data.md says; without it the environment variable COTVALVE_DATA, else the published source.
+    `limit` keeps a random subset chosen by `seed`, never the first ones: a problem's place is decided by its id
+    alone, so a larger limit keeps all problems of a smaller one, and the order stays that of the set.
+    Raises SettingError for an unknown name, split or limit, DataError for what cannot be read.
+    """
+    if _is_path(name):
+        problems = jsonl.problems(Path(name))
+    else:
+        found = describe(name)
+        if split not in found.sizes:
+            raise SettingError(unknown(f"split of {name}", split, found.sizes))
+        folder = data_dir or os.environ.get(ENVIRONMENT)
+        problems = found.read(split, Path(folder) if folder else None)
+        if not folder and len(problems) != found.sizes[split]:
+            raise DataError(
+                f"data set '{name}' ({found.source}) has {len(problems)} problems in '{split}', expected "
+                f"{found.sizes[split]}: its published copy has changed; name a folder with --data-dir"
+            )
+    _refuse_unusable(problems, name)
+    if limit is None:
+        return problems
+    if limit < 1:
+        raise SettingError(f"limit must be 1 or more (given: {limit})")
+    places = sorted(range(len(problems)), key=lambda place: _lot(problems[place].id, seed))
+    return [problems[place] for place in sorted(places[:limit])]
+
+
+def fingerprint(problems: Iterable[Problem]) -> str:
+    """Hex sha256 of everything in `problems`, in their order: what a run folder notes of its data."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps(asdict(problem), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What `check` found of one split."""
+
+    name: str
+    split: str
+    problems: int
+    expected: int
+    """As published."""
+    graded: int
+    """Texts that were graded: three spellings of each gold answer, and its published solution."""
+    wrong: tuple[str, ...]
+    """One line for each text that graded as wrong and is not explained."""
+    explained: tuple[str, ...]
+    """One line for each published solution known to differ from its gold answer."""
+
+    @property
+    def passed(self) -> bool:
+        """True when every problem is there and grades as right."""
+        return self.problems == self.expected and not self.wrong
+
+
+def check(names: Sequence[str] = NAMES, data_dir: str | Path | None = None, progress: Progress = silent) -> list[Check]:
+    """Grades every gold answer of every split: boxed, "The answer is ...", "#### ..." and the published solution."""
+    return [_check(name, split, data_dir, progress) for name in names for split in splits(name)]
+
+
+def _check(name: str, split: str, data_dir: str | Path | None, progress: Progress) -> Check:
+    problems = load(name, split=split, data_dir=data_dir)
+    known: Mapping[str, str] = {} if _is_path(name) else describe(name).explained
+    wrong: list[str] = []
+    explained: list[str] = []
+    graded = 0
+    for done, problem in enumerate(problems, 1):
+        for form, text in _forms(problem):
+            graded += 1
+            outcome = grade(problem, text)
+            if outcome.correct:
+                continue
+            if form == "solution" and problem.id in known:
+                explained.append(f"{problem.id}: {known[problem.id]}")
+            else:
+                wrong.append(
+                    f"{problem.id}: {form}: read {outcome.predicted!r}, gold {problem.answer!r} ({outcome.reason})"
+                )
+        progress(f"check {name} {split}", done, len(problems))
+    expected = len(problems) if _is_path(name) else describe(name).sizes[split]
+    return Check(name, split, len(problems), expected, graded, tuple(wrong), tuple(explained))
+
+
+def _forms(problem: Problem) -> list[tuple[str, str]]:
+    forms = [
+        ("box", f"So we get \\boxed{{{problem.answer}}}."),
+        ("sentence", f"The answer is {problem.answer}."),
+        ("hashes", f"#### {problem.answer}"),
+    ]
+    if problem.solution:
+        closing = "" if boxes(problem.solution) else f"\n#### {problem.answer}"
+        forms.append(("solution", problem.solution + closing))
+    return forms
+
+
+def _refuse_unusable(problems: list[Problem], name: str) -> None:
+    if not problems:
+        raise DataError(f"data set '{name}' has no problems")
+    twice = next((each for each, count in Counter(problem.id for problem in problems).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"data set '{name}': the id '{twice}' stands on more than one row")
+    for problem in problems:
+        reason = why_unreadable(problem.answer, problem.kind)
+        if reason:
+            raise DataError(
+                f"problem {problem.id}: gold answer {problem.answer!r} cannot be read as {problem.kind} ({reason})"
+            )
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _lot(identity: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{identity}".encode()).digest()

@@ -1,0 +1,108 @@
+"""What a data set is to the rest of the package, and how its rows are fetched and read.
+
+A set is one module of this folder with one `DataSet` in it: a name, the size of each split, where it comes
+from, and `read`, which turns a local folder (or, without one, the published source) into Problems. The same
+row-to-Problem function serves both, so both give the same Problems.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from cotvalve.errors import DataError
+from cotvalve.records import Json, read_jsonl
+from cotvalve.types import Problem
+
+ENVIRONMENT = "COTVALVE_DATA"
+"""Environment variable that names the local folder when no --data-dir is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """One data set."""
+
+    name: str
+    sizes: Mapping[str, int]
+    """Problems in each split, as published."""
+    source: str
+    """Where the published copy lives, for people."""
+    licence: str
+    read: Callable[[str, Path | None], list[Problem]]
+    """(split, local folder or None) to problems in published order."""
+    explained: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Problems whose published solution text does not grade as right, and why; docs/data.md lists them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row with where it stands, for the messages."""
+
+    where: str
+    """'path: row 17'."""
+    number: int
+    """From 1."""
+    values: Json
+
+    def text(self, *names: str) -> str:
+        """The first of the fields `names` that the row has, as text; DataError when it has none or it is empty."""
+        for name in names:
+            value = self.values.get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return str(value)
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"{self.where}: field '{name}' is {type(value).__name__}, expected text")
+            if value is not None:
+                if not value.strip():
+                    raise DataError(f"{self.where}: field '{name}' is empty")
+                return value.strip()
+        wanted = " or ".join(f"'{name}'" for name in names)
+        raise DataError(f"{self.where}: no field {wanted}; it has: {', '.join(self.values) or 'nothing'}")
+
+    def optional(self, name: str) -> str | None:
+        """The field as text, or None where it is missing or empty."""
+        return self.text(name) if self.values.get(name) not in (None, "") else None
+
+
+def local_rows(path: Path) -> Iterator[Row]:
+    """Rows of a JSON lines file, also gzipped (.gz); DataError names the row that cannot be read."""
+    if path.suffix != ".gz":
+        yield from (Row(f"{path}: row {number}", number, values) for number, values in read_jsonl(path))
+        return
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                values: Any = json.loads(line)
+                if not isinstance(values, dict):
+                    raise DataError(f"{path}: row {number} is {type(values).__name__}, expected an object")
+                values = cast(Json, values)
+                yield Row(f"{path}: row {number}", number, values)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: a row is not JSON ({error.msg})") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable gzip file of JSON lines ({error})") from None
+
+
+def hub_rows(repository: str, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
+    """Rows of a data set on the Hugging Face hub, from its cache once downloaded."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(repository, config, split=split, revision=revision)
+    except (OSError, ValueError) as error:  # offline, not found, no such config: all are one of these two
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"data set '{repository}' could not be loaded from the hub ({said}); go online once to download it, or "
+            f"name a folder that holds it with --data-dir or {ENVIRONMENT} (docs/data.md has its layout)"
+        ) from None
+    return rows_of(table, f"hub:{repository}")
+
+
+def rows_of(table: Iterable[Any], where: str) -> Iterator[Row]:
+    """Rows of a loaded `datasets.Dataset`, numbered from 1."""
+    for number, values in enumerate(table, 1):
+        yield Row(f"{where}: row {number}", number, dict(values))

@@ -1,0 +1,144 @@
+"""The only place that knows chat templates: question -> prompt text, chain -> training text, and back.
+
+A prompt is rendered once, as text, through the tokenizer's own chat template; engines add no special
+tokens. A training text is what the model itself would have written after that prompt, its end-of-turn mark
+included, so that a chain sampled by the model and trained on again is token for token the same.
+Templates that rewrite earlier assistant turns (many drop the thinking block) are never used for targets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from cotvalve.errors import DataError, SettingError, unknown
+from cotvalve.types import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THINK, END_THINK = "<think>", "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A way to ask. `{question}` and `{budget}` are filled in."""
+
+    user: str
+    system: str | None = None
+    """None leaves the chat template's own system prompt."""
+    budgets: bool = False
+    """True when `{budget}` (a number of tokens) has to be given."""
+
+
+PROMPTS: dict[str, Prompt] = {
+    "boxed": Prompt("{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."),
+    "plain": Prompt("{question}"),
+    # PAPER appendix A.1, the prompt-based control of Han et al. (2024) as the paper words it for QwQ...
+    "budget": Prompt(
+        "Generate the solution in less than {budget} tokens. {question}\n"
+        "Please reason step by step, and put your final answer within \\boxed{{}}.",
+        budgets=True,
+    ),
+    # ... for QwQ with its system prompt, to the letter...
+    "budget-qwq": Prompt(
+        "Generate the solution in less than {budget} tokens. {question}",
+        "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.",
+        budgets=True,
+    ),
+    # ... and for LLaMA-3.2-1B-Instruct.
+    "budget-llama": Prompt(
+        "Given the following problem, reason and give a final answer to the problem using less than {budget} tokens. "
+        "{question}",
+        "Cutting Knowledge Date: December 2023\nToday Date: 01 Jan 2025",
+        budgets=True,
+    ),
+    # Ding et al. (2024), Break the Chain, as later papers quote it; the paper does not say which wording it used.
+    "shortcut": Prompt(
+        "{question}\nRapidly evaluate and use the most effective reasoning shortcut to answer the question. "
+        "Put your final answer within \\boxed{{}}."
+    ),
+}
+"""Ways to ask by name. `boxed` is the default everywhere; the others are the paper's baselines."""
+
+
+def prompt(name: str) -> Prompt:
+    """The prompt called `name`; SettingError with the nearest name when there is none."""
+    if name not in PROMPTS:
+        raise SettingError(unknown("prompt", name, PROMPTS))
+    return PROMPTS[name]
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", question: str, how: Prompt, budget: int | None = None) -> str:
+    """The whole prompt as text, ready to be continued by the model."""
+    if how.budgets and budget is None:
+        raise SettingError("this prompt needs a token budget; give budget=")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct or reasoning model")
+    messages = [{"role": "user", "content": how.user.format(question=question.strip(), budget=budget)}]
+    if how.system is not None:
+        messages.insert(0, {"role": "system", "content": how.system})
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+@lru_cache(maxsize=8)
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The mark a model writes to end its turn, read off the chat template ('<|im_end|>', '<|eot_id|>', ...)."""
+    mark = "cotvalve-end-of-turn-probe"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": mark}]
+    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
+    for token in [*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())]:
+        if token and after.lstrip().startswith(token):
+            return token
+    if tokenizer.eos_token is None:
+        raise DataError(f"{tokenizer.name_or_path}: no end-of-turn mark in the chat template and no eos token")
+    return str(tokenizer.eos_token)
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", eos: int | Sequence[int] | None) -> list[int]:
+    """Ids that end a chain: the generation config's `eos` and the chat template's end of turn."""
+    known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+    return sorted({*known, *([end] if isinstance(end, int) else [])})
+
+
+def thinks(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """True when the model writes a thinking block: its chat template or vocabulary knows the end mark.
+
+    Models that have the mark but do not use it exist; the settings' `thinking` field overrides this.
+    """
+    vocabulary = tokenizer.get_vocab()
+    return END_THINK in vocabulary and END_THINK in str(tokenizer.chat_template or "")
+
+
+def end_think_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The id of the end-of-thinking mark, or None for a tokenizer without one."""
+    found = tokenizer.get_vocab().get(END_THINK)
+    return None if found is None else int(found)
+
+
+def chain_from_solution(problem: Problem, thinking: bool) -> str:
+    """A human-written solution as the model would have written it: the short chain of eq. 2.
+
+    Raises DataError for a problem without a solution.
+    """
+    if not problem.solution:
+        raise DataError(f"{problem.id}: has no human-written solution to train on; use chains sampled by `mix`")
+    solution = problem.solution.strip()
+    answer = f"The answer is \\boxed{{{problem.answer}}}."
+    if thinking:
+        return f"{THINK}\n{solution}\n{END_THINK}\n\n{answer}"
+    # MATH solutions already end in a box; a second one would teach the model to say its answer twice.
+    return solution if "\\boxed" in solution else f"{solution}\n{answer}"
+
+
+def target(tokenizer: "PreTrainedTokenizerBase", rendered: str, chain: str) -> str:
+    """The text to learn after the prompt `rendered`: the chain and the end-of-turn mark.
+
+    Where the chat template's generation prompt already opened the thinking block, the chain's own opening
+    is dropped, as the model would not have written it.
+    """
+    text = chain.strip()
+    if rendered.rstrip().endswith(THINK) and text.startswith(THINK):
+        text = text.removeprefix(THINK).lstrip("\n") if rendered.endswith("\n") else text.removeprefix(THINK)
+    return text + end_of_turn(tokenizer)

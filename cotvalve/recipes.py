@@ -1,0 +1,116 @@
+"""The three ways to train, as three functions from MixChain to stages of examples.
+
+    valve        the short chain of each question at alpha 1                       eq. 2
+    plus         every chain of a question at alpha = beta(chain)                  eq. 3, 4
+    progressive  stage k = chain k of every question, long to short, at alpha 1    section 3.3, Table 7
+
+An example is a chain and the position of the valve it is learned at; `train.fit` does the rest. A new
+recipe is one function.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cotvalve.errors import DataError
+from cotvalve.types import Chain, MixChain, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One chain to learn at one position of the valve."""
+
+    problem: Problem
+    chain: Chain
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Examples that are trained on together; stages follow one another on the same weights."""
+
+    name: str
+    examples: tuple[Example, ...]
+    skipped: int = 0
+    """Chains left out because eq. 4 gives them no position or no gradient."""
+
+
+def beta(tokens: int, shortest: int, longest: int) -> float | None:
+    """The position a chain is trained at: 1 - (m - m_min) / (m_max - m_min), paper eq. 4.
+
+    Lengths are those of one question. None when all its chains are equally long: eq. 4 is 0/0 there.
+
+    >>> beta(100, 100, 300), beta(200, 100, 300), beta(300, 100, 300)
+    (1.0, 0.5, 0.0)
+    >>> beta(100, 100, 100) is None
+    True
+    """
+    if longest == shortest:
+        return None
+    return 1 - (tokens - shortest) / (longest - shortest)
+
+
+def valve(mix: Sequence[MixChain], solution: int | None = None) -> list[Stage]:
+    """CoT-Valve: the shortest chain of each question, at alpha 1 (eq. 2).
+
+    `solution` takes another one: the authors' column where the data has columns, else the rank by length
+    with 0 the longest (the paper's Table 6 trains on one solution each).
+    """
+    if solution is None:
+        return [Stage("valve", tuple(Example(m.problem, m.chains[-1], 1.0) for m in mix if m.chains))]
+    found = [
+        Example(m.problem, chain, 1.0)
+        for m in mix
+        for rank, chain in enumerate(m.chains)
+        if solution == (rank if chain.solution is None else chain.solution)
+    ]
+    if not found:
+        raise DataError(f"no question has a solution {solution}; there are at most {max(len(m.chains) for m in mix)} chains")
+    return [Stage(f"solution-{solution}", tuple(found))]
+
+
+def plus(mix: Sequence[MixChain]) -> list[Stage]:
+    """CoT-Valve++: every chain at its own beta, per question (eq. 3 and 4).
+
+    The longest chain of a question has beta 0: no gradient reaches the direction from there, so it only
+    sets the scale and costs no step. It is counted as skipped, as are questions whose chains are equally long.
+    """
+    examples: list[Example] = []
+    skipped = 0
+    for m in mix:
+        lengths = [chain.tokens for chain in m.chains]
+        for chain in m.chains:
+            position = beta(chain.tokens, min(lengths), max(lengths))
+            if position:
+                examples.append(Example(m.problem, chain, position))
+            else:
+                skipped += 1
+    return [Stage("plus", tuple(examples), skipped)]
+
+
+def progressive(mix: Sequence[MixChain], stages: int | None = None) -> list[Stage]:
+    """CoT-Valve+P: one chain of every question per stage, from the longest to the shortest, at alpha 1.
+
+    A stage is one solution index over all questions: the authors' column where the data has columns, else
+    the chain's rank by length, spread evenly over `stages` (default: the largest number of chains any
+    question has) for questions with more or fewer chains.
+    """
+    if all(chain.solution is not None for m in mix for chain in m.chains):
+        columns = sorted({chain.solution or 0 for m in mix for chain in m.chains}, reverse=True)
+        return [
+            Stage(f"solution-{k}", tuple(Example(m.problem, c, 1.0) for m in mix for c in m.chains if c.solution == k))
+            for k in columns
+        ]
+    count = stages or max((len(m.chains) for m in mix), default=0)
+    if count < 2:
+        raise DataError("progressive compression needs questions with two chains or more; run `mix` with more alphas")
+    return [
+        Stage(
+            f"stage-{k + 1}-of-{count}",
+            tuple(Example(m.problem, m.chains[_rank(k, count, len(m.chains))], 1.0) for m in mix if m.chains),
+        )
+        for k in range(count)
+    ]
+
+
+def _rank(stage: int, stages: int, chains: int) -> int:
+    return round(stage * (chains - 1) / (stages - 1))

@@ -1,0 +1,207 @@
+"""What is on disk: JSON files written whole or not at all, rows that survive kill -9, run folders.
+
+A run folder holds `run.json` (verb, settings, seed, versions, hardware, data hashes), `rows.sqlite` (one
+row per finished unit of work, written as it finishes) and whatever the verb makes of the rows at its end.
+The same command on the same folder goes on where it stopped; a folder made by other settings is refused.
+sqlite is in WAL mode: a killed process loses at most the row it was writing, never one it had finished.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from cotvalve.errors import DataError
+
+Json = dict[str, Any]
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """Turns 'no space left', in the file system's words or sqlite's, into one line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(f"{path}: the disk is full; free some space and run the same command again") from error
+    except sqlite3.OperationalError as error:
+        if "full" not in str(error) and "disk I/O" not in str(error):
+            raise
+        raise DataError(f"{path}: the disk is full ({error}); free some space and run the same command again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` so that `path` holds either all of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with disk(path), os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.fchmod(handle, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
+    """Yields (row number from 1, object) of a JSON lines file; blank lines are passed over.
+
+    Raises DataError with the row number for a line that is not a JSON object, and for a file without rows.
+    """
+    rows = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}: row {number} is not JSON ({error.msg} at column {error.colno})") from None
+                if not isinstance(value, dict):
+                    raise DataError(f"{path}: row {number} is {type(value).__name__}, expected an object like {{\"question\": ...}}")
+                rows += 1
+                yield number, value
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not rows:
+        raise DataError(f"{path}: no rows in it")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_parquet(path: Path, rows: Iterable[Json]) -> None:
+    """Writes rows with the same keys as one Parquet file, whole or not at all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    part = path.with_name(f".{path.name}.part")
+    with disk(path):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), part, compression="zstd")
+        os.replace(part, path)
+
+
+class RowStore:
+    """Finished rows by key, on disk the moment `add` returns. One writer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk(path):
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+
+    def add(self, key: str, row: Json) -> None:
+        """Stores `row`; a key that is already there is a bug of the caller (finished rows never change)."""
+        with disk(self.path):
+            self._db.execute("INSERT INTO rows VALUES (?, ?)", (key, json.dumps(row, ensure_ascii=False)))
+
+    def keys(self) -> set[str]:
+        """Keys of all finished rows."""
+        return {key for (key,) in self._db.execute("SELECT key FROM rows")}
+
+    def rows(self, prefix: str = "") -> list[Json]:
+        """All finished rows whose key starts with `prefix`, by key."""
+        found = self._db.execute(
+            "SELECT value FROM rows WHERE substr(key, 1, ?) = ? ORDER BY key", (len(prefix), prefix)
+        )
+        return [json.loads(value) for (value,) in found]
+
+    def __len__(self) -> int:
+        return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
+
+    def close(self) -> None:
+        """Folds the write-ahead log into the file and closes it."""
+        self._db.close()
+
+
+class Run:
+    """A run folder, opened to begin or to go on."""
+
+    def __init__(self, folder: Path, verb: str, settings: Json, facts: Json | None = None) -> None:
+        """Opens `folder`.
+
+        `settings` are those that decide the rows: a folder made by others is refused with the first field
+        that differs. `facts` (data hashes, hardware) are written when the run begins.
+        """
+        self.folder = folder
+        record = folder / "run.json"
+        settings = json.loads(json.dumps(settings))
+        if record.exists():
+            found = read_json(record)
+            if found["verb"] != verb:
+                raise DataError(f"{folder}: holds a run of '{found['verb']}', not '{verb}'; name another --out")
+            differing = [
+                name
+                for name in sorted({*settings, *found["settings"]})
+                if settings.get(name) != found["settings"].get(name)
+            ]
+            if differing:
+                name = differing[0]
+                raise DataError(
+                    f"{folder}: holds a run with {name}={found['settings'].get(name)!r}, this one has "
+                    f"{settings.get(name)!r}; name another --out, or the same settings to go on"
+                )
+            self.facts: Json = found["facts"]
+        else:
+            if folder.exists() and any(folder.iterdir()):
+                raise DataError(f"{folder}: not empty and not a run folder; name another --out")
+            self.facts = {**versions(), **(facts or {})}
+            write_json(record, {"verb": verb, "settings": settings, "facts": self.facts})
+        self.rows = RowStore(folder / "rows.sqlite")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with closing(self.rows):
+            pass
+
+
+def versions() -> Json:
+    """Versions of what decides a result: Python, cotvalve, torch, transformers, peft."""
+    found: Json = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("cotvalve", "torch", "transformers", "peft"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found

@@ -1,0 +1,180 @@
+"""Stage 4: accuracy against tokens, per alpha and data set, with the baselines in the same table.
+
+Comes in: a model, one or more directions, data sets. Goes out: rows of graded chains, `points.json`,
+`report.html` with the curve, and Markdown tables. Alpha 0 is the plain model: its chains are sampled once and
+stand at the start of every direction's curve. Nothing is chosen here; the table shows every alpha that was run.
+
+    cotvalve sweep --model BASE --direction D --data gsm8k --out sweep
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cotvalve.baselines import PLAIN, baselines
+from cotvalve.engines import pick
+from cotvalve.errors import DataError, SettingError
+from cotvalve.mixchain import Sampling, requests_for, sample_rows
+from cotvalve.problems import fingerprint, load
+from cotvalve.records import Json, Run, write_json, write_parquet
+from cotvalve.report import Example, ReportData, write_report
+from cotvalve.statistics import Paired, paired, paired_over_grid, points
+from cotvalve.types import Completion, Grade, Point, Problem, Progress, Sweep, silent
+from cotvalve.valve import Valve
+
+
+class SweepSettings(Sampling):
+    """Settings of `sweep`."""
+
+    direction: str = ""
+    """Directions, with commas; NAME=FOLDER names one in the tables. Empty: only the plain model and the baselines."""
+    data: str = "gsm8k"
+    """Data sets, with commas: gsm8k, math500, asdiv, aime24, aime25, arithmetic, or a .jsonl file."""
+    split: str = "test"
+    """Part of the data sets. Choose alpha on 'train', report on 'test'."""
+    limit: int | None = None
+    """A seeded random subset of this many problems per data set."""
+    baselines: str = ""
+    """Prompt baselines, with commas: budget, shortcut, budget-qwq, budget-llama."""
+    budgets: str = "50,100,200"
+    """Token budgets for the budget prompts, with commas."""
+    chosen_on: str = ""
+    """Where alpha or epoch were chosen, for the report: for example '500 training questions'."""
+    out: str = "runs/sweep"
+    """Run folder."""
+
+
+def run(settings: SweepSettings, progress: Progress = silent) -> Path:
+    """Samples what is missing, writes the tables and the report; returns the report's path."""
+    directions = named_directions(settings.direction)
+    budgets = [_whole(part) for part in settings.budgets.split(",") if part.strip()]
+    others = baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
+    sets: dict[str, list[Problem]] = {
+        name: load(name, split=settings.split if settings.split in _splits(name) else _splits(name)[0],
+                   data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
+        for name in (part.strip() for part in settings.data.split(",")) if name
+    }  # fmt: skip
+    if not sets:
+        raise SettingError("no data set was given; name one with --data, for example gsm8k")
+    valve = settings.load_valve()
+    facts = {
+        **valve.facts(),
+        "data": ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items()),
+        "decoding": f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
+    }  # fmt: skip
+    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "chosen_on", "data_dir", "device"})
+    with Run(Path(settings.out), "sweep", decisive, facts) as at:
+        rows: dict[tuple[str, str], list[Json]] = {}
+        engine = pick(settings.engine, valve, settings.slots)
+        for name, problems in sets.items():
+            wanted = [0.0] if 0.0 in settings.alphas or not directions else []
+            rows[name, PLAIN] = sample_rows(
+                at, engine, problems, requests_for(problems, settings, valve.tokenizer, wanted), progress, f"{name}|{PLAIN}|"
+            )
+            for other in others:
+                how = settings.but(prompt=other.prompt, budget=other.budget)
+                found = sample_rows(
+                    at, engine, problems, requests_for(problems, how, valve.tokenizer, [0.0]), progress, f"{name}|{other.name}|"
+                )
+                rows[name, other.name] = [{**row, "alpha": None} for row in found]
+        billions = valve.billions()
+        del engine, valve
+        for label, where in directions.items():
+            turned = settings.load_valve(where)
+            engine = pick(settings.engine, turned, settings.slots)
+            for name, problems in sets.items():
+                asked = requests_for(problems, settings, turned.tokenizer, [a for a in settings.alphas if a != 0])
+                found = sample_rows(at, engine, problems, asked, progress, f"{name}|{label}|")
+                rows[name, label] = [*rows[name, PLAIN], *found]
+            del engine, turned
+        return finish(at, rows, sets, billions, settings)
+
+
+def finish(at: Run, rows: dict[tuple[str, str], list[Json]], sets: dict[str, list[Problem]], billions: float, settings: SweepSettings) -> Path:  # fmt: skip
+    """Points, tests, tables and the report of finished rows."""
+    measured: list[Point] = []
+    tests: list[Paired] = []
+    dials = [key for key in rows if any(row["alpha"] for row in rows[key])]
+    for (name, system), found in rows.items():
+        if not found:
+            continue
+        plain = rows[name, PLAIN]
+        shown = [{**row, "alpha": None} for row in found] if system == PLAIN else found
+        measured += points(system, name, shown, billions, seed=settings.seed)
+        for alpha in sorted({row["alpha"] for row in found if row["alpha"] != 0}, key=lambda a: a or 0.0) if plain else []:
+            here = [row for row in found if row["alpha"] == alpha]
+            label = system if alpha is None else f"{system} at {alpha:g}"
+            tests.append(paired(here, plain, dataset=name, a=label, b=PLAIN, seed=settings.seed))
+    for i, (name, a) in enumerate(dials):
+        for other, b in dials[i + 1 :]:
+            if name == other:
+                tests.append(paired_over_grid(rows[name, b], rows[name, a], dataset=name, a=b, b=a, seed=settings.seed))
+    sweep = Sweep(tuple(measured), {key: str(value) for key, value in at.facts.items()})
+    write_json(at.folder / "points.json", {"points": [asdict(p) for p in measured], "paired": [asdict(t) for t in tests], "facts": sweep.facts})  # fmt: skip
+    write_parquet(at.folder / "rows.parquet", ({"dataset": n, "system": s, **row} for (n, s), found in rows.items() for row in found))
+    return write_report(
+        ReportData(
+            title=f"Chain length and accuracy of {settings.model}", points=sweep.points, facts=sweep.facts,
+            paired=tuple(tests), examples=tuple(_examples(rows, sets)), chosen_on=settings.chosen_on,
+        ),
+        at.folder,
+    )  # fmt: skip
+
+
+def _examples(rows: dict[tuple[str, str], list[Json]], sets: dict[str, list[Problem]]) -> Iterator[Example]:
+    """The first question of each data set at five alphas of each direction; never picked by its answers."""
+    for (name, system), found in rows.items():
+        alphas = sorted({row["alpha"] for row in found if row["alpha"] is not None})
+        if len(alphas) < 2:
+            continue
+        chosen = [alphas[round(i * (len(alphas) - 1) / 4)] for i in range(5)] if len(alphas) > 5 else alphas
+        problem = sets[name][0]
+        shown = [row for alpha in chosen for row in found if row["alpha"] == alpha and row["problem"] == problem.id and row["sample"] == 0]
+        yield Example(
+            problem,
+            tuple(Completion(problem.id, r["alpha"], r["text"], r["tokens"], r["finish"], r["prompt_tokens"], r["reasoning_tokens"]) for r in shown),
+            tuple(Grade(r["correct"], r["predicted"], r["reason"]) for r in shown),
+            system,
+        )  # fmt: skip
+
+
+def named_directions(text: str) -> dict[str, str]:
+    """'a,b=folder' as {name: folder}; the name is the folder's last part where none is given.
+
+    >>> named_directions("runs/valve,++=runs/plus")
+    {'valve': 'runs/valve', '++': 'runs/plus'}
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        label, _, where = part.rpartition("=")
+        label = label or Path(where).name
+        if label in found or label == PLAIN:
+            raise SettingError(f"direction name '{label}' is taken; name it like other={where}")
+        found[label] = where
+    return found
+
+
+def _splits(name: str) -> Sequence[str]:
+    from cotvalve.problems import splits
+
+    return splits(name)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingError(f"budget '{text.strip()}' is not a whole number of tokens") from None
+
+
+def read_points(folder: Path) -> Json:
+    """`points.json` of a sweep's run folder."""
+    from cotvalve.records import read_json
+
+    found: Any = read_json(folder / "points.json")
+    if "points" not in found:
+        raise DataError(f"{folder / 'points.json'}: holds no points")
+    return found

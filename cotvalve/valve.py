@@ -1,0 +1,319 @@
+"""The valve: theta + alpha * delta on a loaded model. The only module that touches weights.
+
+With a LoRA direction every linear layer computes, for each row (or token) of the batch with its own alpha,
+
+    W x + alpha * s * B A x        s = lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA     (paper eq. 3)
+
+so one batch can hold every position of the dial, in generation and in training. With an exact task vector
+(theta2 - theta1, full rank) the weights themselves are moved, one alpha at a time.
+
+Outside `at` the valve is closed: the model is the base model bit for bit. Nothing is ever merged in place;
+`fuse` makes a new plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cotvalve import checkpoints
+from cotvalve.direction import FUSED, Card, Direction, check_fits, load_direction, refuse_fused
+from cotvalve.errors import DirectionMismatch, EngineError, SettingError
+from cotvalve.taskvector import TaskVector
+from cotvalve.types import Completion
+
+if TYPE_CHECKING:
+    from cotvalve.calibration import Calibration
+
+ADAPTER = "default"
+
+
+class Dial:
+    """One alpha per row or token on every LoRA layer of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Puts a forward hook behind B of every LoRA layer; raises DirectionMismatch when there is none."""
+        self.layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer) and ADAPTER in module.lora_B
+        }
+        if not self.layers:
+            raise DirectionMismatch("the model has no LoRA layer to turn: 0 modules matched; load a direction first")
+        for name, module in self.layers.items():
+            if module.use_dora.get(ADAPTER):
+                raise DirectionMismatch(
+                    f"{name}: DoRA does not scale with alpha (its norm depends on the weights); "
+                    "load the adapter as an exact weight difference instead"
+                )
+            module.lora_A[ADAPTER].register_forward_hook(self._learn)
+            module.lora_B[ADAPTER].register_forward_hook(self._turn)
+        self._alpha: Tensor | None = None
+        self._closed: Tensor | None = None
+
+    def _learn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
+        # With gradients alpha multiplies A x, which has r numbers where B A x has thousands: the same
+        # product, and nothing large is kept for the backward pass.
+        return out * self._alpha if self._alpha is not None and torch.is_grad_enabled() else out
+
+    def _turn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if self._alpha is None or self._closed is None:
+            return torch.zeros_like(out)
+        if torch.is_grad_enabled():
+            return out
+        if self._alpha.numel() > 1 and (out.ndim != 3 or out.shape[0] != self._alpha.shape[0]):
+            raise EngineError(
+                f"the dial is set for {self._alpha.shape[0]} rows but a layer got shape {tuple(out.shape)}: "
+                "rows cannot be told apart there; use one alpha for the whole batch"
+            )
+        # alpha stays fp32 whatever the model's dtype (bf16 has 3 digits); where() and not only the product,
+        # because 0 * NaN is NaN and alpha 0 promises the base model.
+        return torch.where(self._closed, 0.0, out * self._alpha)
+
+    @contextmanager
+    def at(self, alpha: float | Tensor) -> Iterator[None]:
+        """Sets the positions while inside: a number, one per row [B], or one per token [B, T]."""
+        before = self._alpha, self._closed
+        device = next(iter(self.layers.values())).lora_B[ADAPTER].weight.device
+        value = torch.as_tensor(alpha, dtype=torch.float32, device=device)
+        self._alpha = value.reshape(1, 1, 1) if value.ndim == 0 else value[:, None, None] if value.ndim == 1 else value[..., None]
+        self._closed = self._alpha == 0
+        try:
+            yield
+        finally:
+            self._alpha, self._closed = before
+
+
+class Valve:
+    """A model, its tokenizer and one direction, with the dial between them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        direction: Direction | TaskVector | None = None,
+    ) -> None:
+        """Takes `model` over: LoRA layers are put into it (they do nothing while the valve is closed).
+
+        Raises DirectionMismatch, naming the module, when the direction does not fit.
+        """
+        self.tokenizer = tokenizer
+        self.direction = direction
+        self.calibration: Calibration | None = None
+        self.dial: Dial | None = None
+        self._peft: PeftModel | None = None
+        self._moved = 0.0
+        self.model = model
+        if direction is not None:
+            refuse_fused(model)
+        if isinstance(direction, Direction):
+            check_fits(direction, model)
+            self._wrap(direction.lora_config())
+            set_peft_model_state_dict(self._peft, direction.state_dict())
+        elif isinstance(direction, TaskVector):
+            direction.check_fits(model)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        direction: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+        quantize_4bit: bool = False,
+    ) -> Valve:
+        """A valve from a model and a direction: hub ids, folders, or the embedded `tiny*` names.
+
+        dtype "auto" is bf16 on a GPU and fp32 elsewhere. Without a direction the valve has no dial and only
+        alpha 0 works. Raises DataError for a model that is missing or broken, DirectionMismatch for a
+        direction that does not fit it.
+        """
+        where = checkpoints.pick_device() if device is None else torch.device(device)
+        loaded = checkpoints.load_model(
+            model, dtype=dtype, device=where, gguf_file=gguf_file,
+            trust_remote_code=trust_remote_code, quantize_4bit=quantize_4bit,
+        )  # fmt: skip
+        tokenizer = checkpoints.load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        found = None if direction is None else load_direction(direction, loaded)
+        valve = cls(loaded.eval(), tokenizer, found)
+        if direction is not None:
+            from cotvalve.calibration import Calibration
+
+            valve.calibration = Calibration.beside(checkpoints.fetch(direction, checkpoints.DIRECTION_FILES))
+        return valve
+
+    @classmethod
+    def fresh(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LoraConfig) -> Valve:
+        """A valve with a new LoRA that is still zero, to be trained."""
+        refuse_fused(model)
+        valve = cls(model, tokenizer)
+        valve._wrap(config)
+        return valve
+
+    def _wrap(self, config: LoraConfig) -> None:
+        # The adapters keep the base's dtype for sampling; train.py casts them to fp32.
+        self._peft = get_peft_model(self.model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        # DoRA can be trained (at alpha 1, where nothing is scaled) but has no dial.
+        self.dial = None if config.use_dora else Dial(self.model)
+
+    def billions(self) -> float:
+        """Parameters of the base model in units of 10^9, for ACU (eq. 5)."""
+        return checkpoints.billions(self.model)
+
+    def facts(self) -> dict[str, str]:
+        """Model, size, hardware and number format: what a table has to say about where it comes from."""
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+        return {
+            "model": f"{self.model.name_or_path} ({self.billions():.3g} billion parameters)",
+            "hardware": name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The PEFT model around `model`; SettingError when there is no LoRA."""
+        if self._peft is None:
+            raise SettingError("this valve has no LoRA direction; give one to Valve.load, or start one with Valve.fresh")
+        return self._peft
+
+    @property
+    def rows(self) -> bool:
+        """True when one batch can hold different alphas."""
+        return self.dial is not None
+
+    @property
+    def adapted(self) -> bool:
+        """True when a LoRA (or DoRA) is in the model."""
+        return self._peft is not None
+
+    def current(self, card: Card) -> Direction:
+        """The LoRA as it stands (after training) as an immutable direction."""
+        state = get_peft_model_state_dict(self.peft_model, adapter_name=ADAPTER)
+        return Direction.from_peft(self.peft_model.peft_config[ADAPTER], state, card)
+
+    @contextmanager
+    def at(self, alpha: float | Sequence[float] | Tensor) -> Iterator[PreTrainedModel]:
+        """The transformers model at one position, or at one per row [B] or token [B, T]; restored on leaving.
+
+        Nested use and exceptions restore bit for bit. Without a direction only alpha 0 is a position.
+        """
+        if self.dial is not None:
+            if any(getattr(layer, "merged", False) for layer in self.dial.layers.values()):
+                raise DirectionMismatch("the adapter was merged into the base weights; the dial cannot turn it any more")
+            with self.dial.at(alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float32)):
+                yield self.model
+            return
+        positions = torch.as_tensor(alpha, dtype=torch.float32).unique()
+        if positions.numel() != 1:
+            raise EngineError("an exact task vector moves all weights: one alpha per batch; extract it with a rank to mix alphas")
+        position, before = float(positions), self._moved
+        self._move(position)
+        try:
+            yield self.model
+        finally:
+            self._move(before)
+
+    def _move(self, alpha: float) -> None:
+        if alpha == self._moved:
+            return
+        if not isinstance(self.direction, TaskVector):
+            raise SettingError(f"alpha {alpha:g} was asked for but no direction is loaded; name one with --direction")
+        self.direction.apply(self.model, alpha)
+        self._moved = alpha
+
+    def fuse(self, alpha: float) -> PreTrainedModel:
+        """A new plain model at `alpha`, on the CPU; this one is not changed.
+
+        The weights are W + alpha * s * B A, computed in fp32 and rounded once. The new model's config says
+        that it was fused, and loading it with a direction is refused.
+        """
+        config = copy.deepcopy(self.model.config)
+        setattr(config, FUSED, {"alpha": alpha, "base": self.model.name_or_path})
+        if getattr(config, "quantization_config", None) is not None:
+            raise EngineError("a quantized model cannot be fused; load the base without quantization")
+        with self.at(0.0 if self.dial else alpha):
+            state = {
+                name.replace(".base_layer.", "."): tensor.detach().to("cpu", copy=True)
+                for name, tensor in self.model.state_dict().items()
+                if ".lora_" not in name
+            }
+        for name, layer in (self.dial.layers if self.dial else {}).items():
+            weight = state[f"{name}.weight"]
+            b, a = layer.lora_B[ADAPTER].weight.detach().float().cpu(), layer.lora_A[ADAPTER].weight.detach().float().cpu()
+            delta = alpha * layer.scaling[ADAPTER] * (b @ a)
+            if alpha != 0:
+                state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+        with torch.device("meta"):
+            plain = type(self.model)(config)
+        plain.load_state_dict(state, strict=False, assign=True)
+        plain.tie_weights()
+        _rebuild_buffers(plain, self.model)
+        plain.generation_config = copy.deepcopy(self.model.generation_config)
+        return plain.eval()
+
+    @overload
+    def generate(self, question: str, **how: Any) -> list[Completion]: ...
+    @overload
+    def generate(self, question: Sequence[str], **how: Any) -> list[Completion]: ...
+    def generate(
+        self,
+        question: str | Sequence[str],
+        alpha: float | Sequence[float] | None = None,
+        *,
+        tokens: float | None = None,
+        shorter: float | None = None,
+        max_new_tokens: int = 2048,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        prompt: str = "boxed",
+    ) -> list[Completion]:
+        """Answers at every alpha, all in one batch; questions outermost, alphas innermost.
+
+        A calibrated valve also takes `tokens` (an expected chain length) or `shorter` (a saving between 0
+        and 1) instead of alpha. temperature 0 is greedy.
+        """
+        from cotvalve.engines import pick
+        from cotvalve.prompts import prompt as named
+        from cotvalve.prompts import render
+        from cotvalve.types import Request
+
+        if (alpha is not None) + (tokens is not None) + (shorter is not None) > 1:
+            raise SettingError("give one of alpha, tokens and shorter")
+        if tokens is not None or shorter is not None:
+            if self.calibration is None:
+                raise SettingError("this direction has no calibration.json; run `cotvalve calibrate`, or give alpha")
+            alpha = self.calibration.alpha(tokens=tokens, shorter=shorter)
+        positions = [0.0] if alpha is None else [alpha] if isinstance(alpha, (int, float)) else list(alpha)
+        questions = [question] if isinstance(question, str) else list(question)
+        requests = [
+            Request(f"{i:09d}", text, float(position), max_new_tokens, temperature, top_p, seed + i)
+            for i, (text, position) in enumerate(
+                (text, position)
+                for text in (render(self.tokenizer, q, named(prompt)) for q in questions)
+                for position in positions
+            )
+        ]
+        return sorted(pick("auto", self).generate(requests), key=lambda completion: completion.id)
+
+
+def _rebuild_buffers(plain: PreTrainedModel, source: PreTrainedModel) -> None:
+    """Non-persistent buffers (rotary frequencies) are not in a state dict: copied from the loaded model."""
+    buffers = {name.replace(".base_layer.", "."): buffer for name, buffer in source.named_buffers()}
+    for name, buffer in list(plain.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            plain.get_submodule(owner).register_buffer(leaf, buffers[name].detach().cpu().clone(), persistent=False)

@@ -1,0 +1,143 @@
+"""Low-rank factors of the difference of two checkpoints: what they keep, what they cannot carry."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from cotvalve.direction import Direction, check_fits
+from cotvalve.errors import DataError, SettingError
+from cotvalve.extraction import extract, low_rank
+from cotvalve.taskvector import TaskVector
+from tests import models
+from tests.test_taskvector import EMBEDDINGS, HEAD, Make, pair
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("make", models.MAKERS.values(), ids=models.MAKERS)
+def test_full_rank_is_the_difference_itself(make: Make, tied: bool) -> None:
+    base = make(tied=tied)
+    reasoner = models.moved(base)
+    found = extract(base, reasoner, rank=1000)
+    assert isinstance(found.direction, Direction)
+    assert check_fits(found.direction, base) == 14
+    for module, factor in found.direction.factors.items():
+        delta = reasoner.get_submodule(module).weight - base.get_submodule(module).weight
+        torch.testing.assert_close(factor.delta(), delta, rtol=1e-4, atol=1e-6)
+        # Balanced: neither factor carries the other's scale.
+        torch.testing.assert_close(factor.A.norm(), factor.B.norm())
+    assert all(kept.energy == pytest.approx(1, abs=1e-5) for kept in found.kept)
+
+
+def test_energy_is_what_the_factors_keep_and_grows_with_rank() -> None:
+    base = models.qwen2()
+    reasoner = models.moved(base)
+    before: dict[str, float] = {}
+    for rank in (1, 2, 4, 8, 16, 32):
+        found = extract(base, reasoner, rank=rank)
+        assert isinstance(found.direction, Direction)
+        for kept in found.kept:
+            delta = reasoner.get_submodule(kept.module).weight - base.get_submodule(kept.module).weight
+            left = (delta - found.direction.factors[kept.module].delta()).square().sum() / delta.square().sum()
+            assert kept.energy == pytest.approx(1 - float(left.detach()), abs=1e-4)
+            assert kept.energy > before.get(kept.module, 0) or kept.energy == pytest.approx(1)
+            before[kept.module] = kept.energy
+        in_modules = 1 - sum(found.left_out.values())
+        assert found.energy == pytest.approx(found.within * in_modules, abs=1e-5)
+    assert found.within == pytest.approx(1, abs=1e-5)
+
+
+def test_what_lora_cannot_carry_is_reported_by_kind() -> None:
+    base = models.qwen2()
+    reasoner = models.moved(base)
+    found = extract(base, reasoner, rank=2)
+    square = {
+        name: float((reasoner.get_parameter(name) - base.get_parameter(name)).detach().double().square().sum())
+        for name, _ in base.named_parameters()
+    }
+    total = sum(square.values())
+    assert found.left_out == {
+        "embeddings": pytest.approx(square[EMBEDDINGS] / total),
+        "output layer": pytest.approx(square[HEAD] / total),
+        "norms": pytest.approx(sum(value for name, value in square.items() if "norm" in name) / total),
+        "biases": pytest.approx(sum(value for name, value in square.items() if "bias" in name) / total),
+        "other": 0,
+    }
+    assert extract(models.llama(tied=True), models.moved(models.llama(tied=True)), rank=2).left_out["output layer"] == 0
+    assert "of the whole change kept" in str(found)
+
+
+def test_a_low_rank_change_is_found_again(tmp_path: Path) -> None:
+    """Extracting base -> base + LoRA gives a direction that PEFT turns back into the same model."""
+    wrapped = models.lora(models.llama(), rank=3)
+    merged = wrapped.merge_and_unload()
+    found = extract(models.llama(), merged, rank=3, toward="shorter")
+    assert found.energy == pytest.approx(1, abs=1e-6)
+    found.save(tmp_path / "d")
+    assert json.loads((tmp_path / "d" / "extraction.json").read_text())["rank"] == 3
+    assert Direction.load(tmp_path / "d").card.toward == "shorter"
+    again = PeftModel.from_pretrained(models.llama(), tmp_path / "d")
+    # fp32 rounding of the merge and of the SVD, through two layers.
+    torch.testing.assert_close(models.logits(again), models.logits(merged), rtol=1e-4, atol=1e-4)
+
+
+def test_modules_are_chosen_by_ending_and_reach_no_other() -> None:
+    base, reasoner = models.llama(), models.moved(models.llama())
+    found = extract(base, reasoner, rank=2, modules=["up_proj", "layers.1.self_attn.q_proj"])
+    assert isinstance(found.direction, Direction)
+    assert sorted(found.direction.factors) == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    assert found.left_out["other"] > 0
+    with pytest.raises(SettingError, match=r"unknown module 'up_prj': did you mean 'up_proj'\?"):
+        extract(base, reasoner, rank=2, modules=["up_prj"])
+
+
+def test_bf16_checkpoints_are_subtracted_in_fp32(tmp_path: Path) -> None:
+    base = models.llama(dtype=torch.bfloat16)
+    reasoner = models.moved(base)
+    found = extract(*pair(tmp_path, base, reasoner), rank=32)
+    assert isinstance(found.direction, Direction)
+    module, factor = next(iter(found.direction.factors.items()))
+    delta = reasoner.get_submodule(module).weight.float() - base.get_submodule(module).weight.float()
+    torch.testing.assert_close(factor.delta(), delta, rtol=1e-4, atol=1e-6)
+
+
+def test_no_rank_is_the_exact_vector_and_progress_is_told() -> None:
+    base, reasoner = models.llama(), models.moved(models.llama())
+    assert isinstance(extract(base, reasoner).direction, TaskVector)
+    told: list[tuple[int, int]] = []
+    extract(base, reasoner, rank=1, progress=lambda _task, done, total, _note="": told.append((done, total)))
+    assert told[0] == (0, 21)
+    assert told[-1] == (21, 21)
+
+
+def test_bad_extractions() -> None:
+    base = models.llama()
+    with pytest.raises(DataError, match="are equal: there is no direction between them"):
+        extract(base, models.llama(), rank=2)
+    with pytest.raises(SettingError, match="rank is 0; expected 1 or more"):
+        extract(base, models.moved(base), rank=0)
+    with pytest.raises(SettingError, match="modules were chosen without a rank"):
+        extract(base, models.moved(base), modules=["q_proj"])
+
+
+def test_large_matrices_keep_almost_the_optimum() -> None:
+    """Randomised against exact singular values on a slowly falling spectrum, as deltas of fine-tuning have."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(1300, 1100, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(1400, 1100, generator=generator)).Q
+    spectrum = 1 / torch.arange(1, 1101).sqrt()
+    delta = left * spectrum @ right.T
+    A, B, values = low_rank(delta, 16)
+    best, kept = float(spectrum[:16].square().sum()), float(values.square().sum())
+    assert 0.99 * best < kept <= best * 1.00001
+    residual = float((delta - B @ A).square().sum())
+    assert residual == pytest.approx(float(spectrum.square().sum()) - kept, rel=1e-4)
+    again = low_rank(delta, 16)
+    assert torch.equal(A, again[0])
+    assert not torch.equal(A, low_rank(delta, 16, seed=1)[0])

@@ -1,0 +1,280 @@
+"""Data sets: the same problems from every source, bad rows named, every gold answer graded as right."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cotvalve import problems
+from cotvalve.errors import DataError, SettingError
+from cotvalve.problems import aime, asdiv, gsm8k, jsonl, math500, prm12k
+from cotvalve.problems.dataset import local_rows, rows_of
+
+CASES = Path(__file__).parent / "cases"
+ROOT = Path(__file__).parents[1]
+FULL = Path(os.environ.get("COTVALVE_DATA") or ROOT.parent / "shared" / "data")
+full_data = pytest.mark.skipif(not FULL.is_dir(), reason="needs the full data sets: set COTVALVE_DATA")
+
+ASDIV_XML = """<?xml version="1.0" encoding="UTF-8" ?>
+<Machine-Reading-Corpus-File><ProblemSet>
+<Problem ID="a-1" Grade="1"><Body>There are 7 red  and 2 green caps.</Body><Question>How many caps?</Question>
+<Solution-Type>Addition</Solution-Type><Answer>9 (caps)</Answer><Formula>7+2=9</Formula></Problem>
+<Problem ID="a-2" Grade="1"><Body>Ann and Bob.</Body><Question>How old are they?</Question>
+<Solution-Type>Algebra-2</Solution-Type><Answer>5 (years old); 15 (years old)</Answer><Formula>x</Formula></Problem>
+<Problem ID="a-3" Grade="1"><Body></Body><Question>What is the ratio?</Question>
+<Solution-Type>Ratio</Solution-Type><Answer>22:15</Answer><Formula>x</Formula></Problem>
+<Problem ID="a-4" Grade="1"><Body></Body><Question>What time is it?</Question>
+<Solution-Type>Sum</Solution-Type><Answer>22:15</Answer><Formula>x</Formula></Problem>
+<Problem ID="a-5" Grade="1"><Body></Body><Question>Which number?</Question>
+<Solution-Type>Algebra-1</Solution-Type><Answer>-(1/3)</Answer><Formula>x</Formula></Problem>
+</ProblemSet></Machine-Reading-Corpus-File>
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small data folder in the layout of docs/data.md."""
+    for name in ("gsm8k", "math500", "asdiv", "aime", "prm12k"):
+        (tmp_path / name).mkdir()
+    for split in ("train", "test"):
+        shutil.copy(CASES / "gsm8k_excerpt.jsonl", tmp_path / "gsm8k" / f"{split}.jsonl")
+    shutil.copy(CASES / "math500_excerpt.jsonl", tmp_path / "math500" / "test.jsonl")
+    (tmp_path / "asdiv" / "ASDiv.xml").write_text(ASDIV_XML)
+    (tmp_path / "aime" / "aime2025.jsonl").write_text('{"problem": "What is 2 + 3?", "answer": 5, "id": "0"}\n')
+    return tmp_path
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_gsm8k(folder: Path) -> None:
+    first = problems.load("gsm8k", data_dir=folder)[0]
+    assert (first.id, first.answer, first.kind) == ("gsm8k/test/0", "18", "number")
+    assert first.solution is not None
+    assert first.solution.startswith("Janet sells 16 - 3 - 4 = 9 duck eggs a day.\nShe makes 9 * 2 = $18 every day")
+    assert "<<" not in first.solution
+    assert "####" not in first.solution
+
+
+def test_asdiv_kinds_and_numeric_subset(folder: Path) -> None:
+    found = problems.load("asdiv", data_dir=folder)
+    assert [(each.answer, each.kind, each.subset) for each in found] == [
+        ("9", "number", "numeric"),
+        ("5; 15", "list", ""),
+        ("22:15", "ratio", ""),
+        ("22:15", "time", ""),
+        ("-(1/3)", "number", "numeric"),
+    ]
+    assert found[0].question == "There are 7 red and 2 green caps. How many caps?"
+    assert found[0].id == "asdiv/a-1"
+
+
+def test_aime_answers_are_text(folder: Path) -> None:
+    assert problems.load("aime25", data_dir=folder)[0].answer == "5"
+
+
+def test_the_hub_and_a_folder_give_the_same_problems(folder: Path, tmp_path: Path) -> None:
+    """The hub's tables come through `datasets`; here it reads local files, the mapping is the same function."""
+    import datasets
+
+    def table(path: Path) -> "datasets.Dataset":
+        return datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+
+    gsm = table(folder / "gsm8k" / "test.jsonl")
+    assert gsm8k.problems(rows_of(gsm, "hub"), "test") == problems.load("gsm8k", data_dir=folder)
+    math = table(folder / "math500" / "test.jsonl")
+    assert math500.problems(rows_of(math, "hub")) == problems.load("math500", data_dir=folder)
+    contest = table(folder / "aime" / "aime2025.jsonl")
+    assert aime.problems(rows_of(contest, "hub"), "aime25") == problems.load("aime25", data_dir=folder)
+
+
+def test_prm12k_from_the_join_and_from_math_itself(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (CASES / "math500_excerpt.jsonl").read_text().splitlines()]
+    join = tmp_path / "prm12k" / "train.jsonl.gz"
+    placed = [{**row, "math_split": "train", "math_row": number} for number, row in enumerate(rows)]
+    with gzip.open(join, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in reversed(placed))
+    whole = prm12k.published(local_rows(folder / "math500" / "test.jsonl"), "train", set())
+    assert problems.load("prm12k", split="train", data_dir=folder) == whole
+    held_out = {"".join(rows[1]["problem"].split())}
+    rest = prm12k.published(local_rows(folder / "math500" / "test.jsonl"), "train", held_out)
+    assert [each.id for each in rest] == ["prm12k/train/0", "prm12k/train/2"]
+
+
+def test_the_environment_names_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTVALVE_DATA", str(folder))
+    assert problems.load("gsm8k") == problems.load("gsm8k", data_dir=folder)
+
+
+def test_limit_is_a_seeded_nested_subset_in_the_order_of_the_set() -> None:
+    everything = problems.load("arithmetic")
+    some, more = (problems.load("arithmetic", limit=limit, seed=3) for limit in (50, 120))
+    assert len(some) == 50
+    assert set(some) < set(more)
+    assert [each for each in everything if each in set(more)] == more
+    assert some != everything[:50]
+    assert some == problems.load("arithmetic", limit=50, seed=3)
+    assert some != problems.load("arithmetic", limit=50, seed=4)
+    assert problems.load("arithmetic", limit=10**6) == everything
+    with pytest.raises(SettingError, match="limit must be 1 or more"):
+        problems.load("arithmetic", limit=0)
+
+
+def test_fingerprint_sees_content_and_order() -> None:
+    some = problems.load("arithmetic", limit=3)
+    assert problems.fingerprint(some) == problems.fingerprint(list(some))
+    assert problems.fingerprint(some) != problems.fingerprint(some[::-1])
+    assert problems.fingerprint(some) != problems.fingerprint(some[:2])
+    assert len(problems.fingerprint([])) == 64
+
+
+def test_unknown_names_offer_the_nearest() -> None:
+    with pytest.raises(SettingError, match="unknown data set 'gsm8': did you mean 'gsm8k'"):
+        problems.load("gsm8")
+    with pytest.raises(SettingError, match=r"unknown split of prm12k 'test'.*Known: train"):
+        problems.load("prm12k")
+    assert problems.splits("gsm8k") == ("train", "test")
+    assert problems.splits("mine.jsonl") == ("test",)
+
+
+def test_your_own_json_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "mine.jsonl",
+        {"question": "What is 2 + 3?", "answer": 5},
+        {"problem": "Which?", "answer": "Rug B", "id": "w"},
+        {"question": "Half?", "answer": "It is 1/2.\n#### 1/2"},
+        {"question": "Root?", "answer": "So \\boxed{\\sqrt{2}}."},
+        {"question": "When?", "answer": "3:30", "kind": "ratio", "solution": "3 to 30"},
+    )
+    found = problems.load(path)
+    assert [(each.id, each.answer, each.kind) for each in found] == [
+        ("mine/1", "5", "number"),
+        ("w", "Rug B", "word"),
+        ("mine/3", "1/2", "number"),
+        ("mine/4", "\\sqrt{2}", "math"),
+        ("mine/5", "3:30", "ratio"),
+    ]
+    assert found[2].solution == "It is 1/2."
+    assert found[4].solution == "3 to 30"
+    assert all(each.passed for each in problems.check([path]))
+
+
+GOOD = {"question": "What is 2 + 3?", "answer": "5"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, '{"question": "cut'], "row 2 is not JSON"),
+        ([GOOD, "[1]"], "row 2 is list"),
+        ([GOOD, {"question": "What?"}], "row 2: no field 'answer'; it has: question"),
+        ([{"text": "What?", "answer": "5"}], "row 1: no field 'question' or 'problem'"),
+        ([{"question": "What?", "answer": ""}], "row 1: field 'answer' is empty"),
+        ([{"question": "What?", "answer": [5]}], "row 1: field 'answer' is list, expected text"),
+        ([{**GOOD, "answer": "many", "kind": "number"}], "row 1: gold answer 'many' cannot be read as number"),
+        ([{**GOOD, "kind": "numbr"}], "row 1: unknown kind 'numbr': did you mean 'number'"),
+        ([{**GOOD, "id": "a"}, {**GOOD, "id": "a"}], "the id 'a' stands on more than one row"),
+        ([], "no rows in it"),
+        (["", "  "], "no rows in it"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, rows: list[object], message: str) -> None:
+    path = write(tmp_path / "bad.jsonl", *rows)
+    with pytest.raises(DataError) as caught:
+        problems.load(path)
+    assert message in str(caught.value)
+    assert "bad.jsonl" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(folder: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        problems.load("aime24", data_dir=folder)
+    with pytest.raises(DataError, match="no such file"):
+        problems.load(str(folder / "none.jsonl"))
+    (folder / "asdiv" / "ASDiv.xml").write_text(ASDIV_XML[:200])
+    with pytest.raises(DataError, match="not readable as XML"):
+        problems.load("asdiv", data_dir=folder)
+    (folder / "prm12k" / "train.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match="not a readable gzip file"):
+        problems.load("prm12k", split="train", data_dir=folder)
+    (folder / "gsm8k" / "test.jsonl").write_text('{"question": "What?", "answer": "18"}\n')
+    with pytest.raises(DataError, match="row 1: no '####' before the gold answer"):
+        problems.load("gsm8k", data_dir=folder)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "asdiv"])
+def test_offline_without_a_copy_is_one_line_that_says_what_to_do(name: str, tmp_path: Path) -> None:
+    code = (
+        f"from cotvalve import errors, problems\ntry: problems.load('{name}')\nexcept errors.DataError as e: print(e)"
+    )
+    dead = "http://127.0.0.1:9"
+    environment = {key: value for key, value in os.environ.items() if key != "COTVALVE_DATA"} | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path),
+        "HTTPS_PROXY": dead,
+        "https_proxy": dead,
+        "NO_PROXY": "",
+    }
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert len(ran.stdout.splitlines()) == 1, ran.stdout + ran.stderr
+    assert "--data-dir" in ran.stdout
+
+
+def test_kinds_told_from_answers() -> None:
+    golds = ["-1,080.5", "3:30 pm", "22:15", "5:6", "x", "x+1", "\\pi", "1; 2", "yes", "$5"]
+    kinds = ["number", "time", "time", "ratio", "math", "math", "math", "list", "word", "number"]
+    assert [jsonl.kind_of(gold) for gold in golds] == kinds
+    assert asdiv.kind_of("The 60th caller.") == "number"
+
+
+def test_check_reports_what_is_wrong_or_missing(folder: Path) -> None:
+    found = problems.check(["gsm8k", "arithmetic"], folder)
+    assert [(each.name, each.split, each.wrong) for each in found if each.name == "gsm8k"] == [
+        ("gsm8k", "train", ()),
+        ("gsm8k", "test", ()),
+    ]
+    assert [each.passed for each in found] == [False, False, True, True, True], "the excerpts lack rows"
+    text = (folder / "gsm8k" / "test.jsonl").read_text().replace("#### 18", "The answer is \\\\boxed{17}\\n#### 18")
+    (folder / "gsm8k" / "test.jsonl").write_text(text)
+    wrong = problems.check(["gsm8k"], folder)[1].wrong
+    assert len(wrong) == 1
+    assert wrong[0].startswith("gsm8k/test/0: solution: read '17', gold '18'")
+
+
+def test_the_docs_name_every_set_and_every_exception() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    for name in problems.NAMES:
+        assert f"`{name}`" in page
+        assert all(identity in page for identity in problems.describe(name).explained)
+    assert all(identity in page for identity in prm12k.EMPTY_BOXES)
+
+
+@full_data
+def test_every_gold_answer_of_every_set_grades_as_right() -> None:
+    for found in problems.check(data_dir=FULL):
+        assert found.passed, (found.name, found.split, found.problems, found.wrong[:5])
+
+
+@full_data
+def test_asdiv_in_full() -> None:
+    found = problems.load("asdiv", data_dir=FULL)
+    kinds = Counter(each.kind for each in found)
+    assert kinds == {"number": 2096, "list": 90, "word": 58, "ratio": 43, "time": 18}
+    assert sum(each.subset == "numeric" for each in found) == 2096
+
+
+@full_data
+def test_prm12k_holds_none_of_math500() -> None:
+    held_out = {"".join(each.question.split()) for each in problems.load("math500", data_dir=FULL)}
+    trained = {"".join(each.question.split()) for each in problems.load("prm12k", split="train", data_dir=FULL)}
+    assert not held_out & trained
