@@ -80,6 +80,15 @@ def train(options: argparse.Namespace, tokenizer: Any, folder: Path, device: str
     checkpoint = options.out / "checkpoint.pt"
     state: dict[str, Any] = {"phase": 0, "elapsed": 0.0, "steps": {}, "tokens": {}, "next_seed": 0, "log": []}
     saved: dict[str, Any] = {}
+    if options.pair and not checkpoint.exists():
+        import shutil
+
+        from safetensors.torch import load_file
+
+        shutil.copytree(options.pair / "instruct", options.out / "instruct", dirs_exist_ok=True)
+        model.load_state_dict(load_file(options.pair / "reasoner" / "model.safetensors"), strict=False)
+        model.tie_weights()
+        state["phase"] = 2
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         state = saved["state"]
@@ -223,6 +232,7 @@ def main() -> None:
     parser.add_argument("--tell", type=float, default=15.0, help="seconds between lines of progress")
     parser.add_argument("--keep", type=float, default=60.0, help="seconds between checkpoints")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (slower start)")
+    parser.add_argument("--pair", type=Path, help="a finished pair: only the last phase is run, on from its reasoner")
     parser.add_argument(
         "--smoke", action="store_true", help="a model and a run of seconds, to see that all of it works"
     )

@@ -33,12 +33,21 @@ Run = Callable[[Any, Drawn], Path]
 
 
 def _verb(name: str, settings: type[Settings], run: Run, help: str, arguments: tuple[str, ...] = ()) -> None:
+    """Adds a command that draws its progress and prints what it made."""
+
+    def work(values: Any) -> None:
+        with Drawn() as progress:
+            made = run(values, progress)
+        _done(made)
+
+    _command(name, settings, work, help, arguments)
+
+
+def _command(name: str, settings: type[Settings], work: Callable[[Any], None], help: str, arguments: tuple[str, ...] = ()) -> None:
     """Adds a command whose flags are the fields of `settings`; `arguments` are given by position."""
 
     def command(**values: Any) -> None:
-        given = {key: value for key, value in values.items() if value is not None}
-        with Drawn() as progress:
-            _done(run(settings.read(given), progress))
+        work(settings.read({key: value for key, value in values.items() if value is not None}))
 
     parameters: list[inspect.Parameter] = []
     for field, info in settings.model_fields.items():
@@ -67,14 +76,21 @@ def _verb(name: str, settings: type[Settings], run: Run, help: str, arguments: t
 
 
 def _done(path: Path) -> None:
+    if path.suffix == ".md":
+        print(path.read_text(encoding="utf-8"))
     print(path)
 
 
 def _register() -> None:
-    from cotvalve import pipeline
+    from cotvalve import pipeline, serve
 
     for name, verb in pipeline.VERBS.items():
         _verb(name, verb.settings(), verb.run, verb.help, verb.arguments)
+    _command("serve", serve.ServeSettings, lambda settings: serve.run(settings, _say), "OpenAI-compatible HTTP with alpha on each request, and a page with the dial.")  # fmt: skip
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 @app.command("run")

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cotvalve.engines import pick
 from cotvalve.errors import DataError, SettingError
 from cotvalve.grading import grade
-from cotvalve.problems import NAMES, fingerprint
-from cotvalve.problems import load as load_problems
+from cotvalve.problems import NAMES, fingerprint, training
 from cotvalve.problems.dataset import hub_rows
 from cotvalve.prompts import chain_from_solution, prompt, render, thinks
 from cotvalve.records import Json, Run, read_json, read_jsonl, write_json, write_parquet
@@ -59,6 +58,8 @@ class Sampling(ModelSettings):
     def model_post_init(self, context: Any, /) -> None:
         if self.samples < 1 or self.max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens have to be 1 or more")
+        if self.temperature < 0 or not 0 <= self.top_p <= 1:
+            raise ValueError("temperature has to be 0 or more, top_p between 0 and 1")
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError("several samples at temperature 0 are all the same; give a temperature, for example 0.7")
 
@@ -303,7 +304,7 @@ def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
 
 def run(settings: MixSettings, progress: Progress = silent) -> Path:
     """Samples what is missing and writes the MixChain set; returns the run folder."""
-    problems = training_problems(settings.data, settings.data_dir, settings.limit, settings.seed)
+    problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
     valve = settings.load_valve(settings.direction or None)
     facts = {**valve.facts(), "data": f"{settings.data} train ({len(problems)} questions, {fingerprint(problems)[:12]})"}
     decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "data_dir", "device"})
@@ -315,11 +316,6 @@ def run(settings: MixSettings, progress: Progress = silent) -> Path:
         describe(mix)
         save(at.folder, mix, report)
     return at.folder
-
-
-def training_problems(data: str, data_dir: str | None, limit: int | None, seed: int) -> list[Problem]:
-    """The training questions of a set. A set with only a test split is refused: nothing is learned on it."""
-    return load_problems(data, split="train" if data in NAMES else "test", data_dir=data_dir, limit=limit, seed=seed)
 
 
 def is_mixchain(data: str) -> bool:

@@ -12,6 +12,7 @@ it stopped. A recipe's fields are the flags of its verbs.
 """
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -54,6 +55,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("cotvalve.train", "TrainSettings", "Learn a direction: valve, plus (++) or progressive (+P).", ("recipe",)),
     "mix": Verb("cotvalve.mixchain", "MixSettings", "MixChain data: sample over alphas, grade, keep what is right."),
     "sweep": Verb("cotvalve.sweep", "SweepSettings", "Accuracy, tokens and ACU over alphas, with baselines and intervals."),
+    "calibrate": Verb("cotvalve.calibrate", "CalibrateSettings", "Alpha <-> tokens and the safe range, on held-out training questions."),
     "fuse": Verb("cotvalve.verbs", "FuseSettings", "A plain checkpoint at one alpha; it has no dial any more.", (), "fuse"),
 }  # fmt: skip
 """Everything that makes a run folder. The verbs are also the steps of a recipe."""
@@ -77,7 +79,7 @@ class Recipe:
     out: Path
     steps: tuple[Step, ...]
     sizes: Mapping[str, Any]
-    """The model's architecture, for plans made without the model's config at hand."""
+    """For plans made without the models and the data at hand: `models`, `data` and `steps` (plan.py reads them)."""
 
 
 def recipe_path(name: str) -> Path:
@@ -99,8 +101,11 @@ def read(name: str, out: str | None = None, data_dir: str | None = None, model: 
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("steps"), dict):
+    if not isinstance(found, dict) or not isinstance(found.get("steps"), dict) or not found["steps"]:
         raise DataError(f"{path}: a recipe needs `steps:` with a verb in each; see recipes/tiny.yaml")
+    for field in ("common", "sizes"):
+        if not isinstance(found.get(field) or {}, dict):
+            raise DataError(f"{path}: `{field}:` is {type(found[field]).__name__}, expected names with values")
     for field in found:
         if field not in ("name", "about", "out", "common", "steps", "sizes"):
             raise SettingError(f"{path}: {unknown('field', field, ['name', 'about', 'out', 'common', 'steps', 'sizes'])}")
@@ -109,10 +114,12 @@ def read(name: str, out: str | None = None, data_dir: str | None = None, model: 
     folders: dict[str, Path] = {}
     steps: list[Step] = []
     for step, fields in found["steps"].items():
-        fields = dict(fields or {})
-        verb = fields.pop("verb", None)
+        if not isinstance(fields, dict) or "verb" not in fields:
+            raise SettingError(f"{path}: step '{step}': has no verb; expected verb: {' or '.join(VERBS)}")
+        fields = dict(fields)
+        verb = str(fields.pop("verb"))
         if verb not in VERBS:
-            raise SettingError(f"{path}: step '{step}': {unknown('verb', str(verb), VERBS)}")
+            raise SettingError(f"{path}: step '{step}': {unknown('verb', verb, VERBS)}")
         cls = VERBS[verb].settings()
         for field in common:
             if not any(field in v.settings().model_fields for v in VERBS.values()):
@@ -129,14 +136,16 @@ def read(name: str, out: str | None = None, data_dir: str | None = None, model: 
 
 def _filled(value: Any, folders: Mapping[str, Path], step: str) -> Any:
     """`$name` inside text becomes that earlier step's folder."""
-    if not isinstance(value, str) or "$" not in value:
+    if not isinstance(value, str):
         return value
-    for name in sorted(folders, key=len, reverse=True):
-        if name != step:
-            value = value.replace(f"${name}", str(folders[name]))
-    if "$" in value:
-        raise SettingError(unknown("step", value.partition("$")[2], [name for name in folders if name != step]))
-    return value
+
+    def folder(match: re.Match[str]) -> str:
+        if match[1] == step or match[1] not in folders:
+            raise SettingError(unknown("step", match[1], [name for name in folders if name != step]))
+        return str(folders[match[1]])
+
+    # The whole word: `$mixx` must not be read as the folder of `mix` with an x behind it.
+    return re.sub(r"\$([\w-]*)", folder, value)
 
 
 def run(recipe: Recipe, progress: Progress = silent) -> Iterator[tuple[str, Path]]:
@@ -146,10 +155,17 @@ def run(recipe: Recipe, progress: Progress = silent) -> Iterator[tuple[str, Path
     for step in recipe.steps:
         settings = step.settings.model_dump(mode="json")
         if step.name not in done or done[step.name]["settings"] != settings:
-            made = VERBS[step.verb].run(step.settings, lambda task, *rest, s=step: progress(f"{s.name}: {task}", *rest))
+            made = VERBS[step.verb].run(step.settings, _named(step.name, progress))
             done[step.name] = {"settings": settings, "made": str(made)}
             write_json(record, done)
         yield step.name, Path(done[step.name]["made"])
+
+
+def _named(step: str, progress: Progress) -> Progress:
+    def told(task: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{step}: {task}", done, total, note)
+
+    return told
 
 
 def demo(out: Path, seed: int = 0, progress: Progress = silent) -> Path:

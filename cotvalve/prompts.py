@@ -6,7 +6,7 @@ included, so that a chain sampled by the model and trained on again is token for
 Templates that rewrite earlier assistant turns (many drop the thinking block) are never used for targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -79,6 +79,21 @@ def render(tokenizer: "PreTrainedTokenizerBase", question: str, how: Prompt, bud
     if how.system is not None:
         messages.insert(0, {"role": "system", "content": how.system})
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def render_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation (role, content) as text, ready for the model's next turn; nothing is added to its words.
+
+    Raises SettingError for an order of roles that the chat template refuses.
+    """
+    from jinja2 import TemplateError
+
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct or reasoning model")
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise SettingError(f"the model's chat template refuses these messages: {error}") from None
 
 
 @lru_cache(maxsize=8)

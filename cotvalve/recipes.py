@@ -11,7 +11,7 @@ recipe is one function.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cotvalve.errors import DataError
+from cotvalve.errors import DataError, SettingError
 from cotvalve.types import Chain, MixChain, Problem
 
 
@@ -57,14 +57,16 @@ def valve(mix: Sequence[MixChain], solution: int | None = None) -> list[Stage]:
     """
     if solution is None:
         return [Stage("valve", tuple(Example(m.problem, m.chains[-1], 1.0) for m in mix if m.chains))]
+    columns = _columns(mix)
     found = [
         Example(m.problem, chain, 1.0)
         for m in mix
         for rank, chain in enumerate(m.chains)
-        if solution == (rank if chain.solution is None else chain.solution)
+        if solution == (chain.solution if columns else rank)
     ]
     if not found:
-        raise DataError(f"no question has a solution {solution}; there are at most {max(len(m.chains) for m in mix)} chains")
+        known = columns or range(max((len(m.chains) for m in mix), default=0))
+        raise DataError(f"no question has a solution {solution}; the data has {', '.join(map(str, known)) or 'none'}")
     return [Stage(f"solution-{solution}", tuple(found))]
 
 
@@ -73,6 +75,7 @@ def plus(mix: Sequence[MixChain]) -> list[Stage]:
 
     The longest chain of a question has beta 0: no gradient reaches the direction from there, so it only
     sets the scale and costs no step. It is counted as skipped, as are questions whose chains are equally long.
+    Raises DataError when nothing is left.
     """
     examples: list[Example] = []
     skipped = 0
@@ -84,6 +87,8 @@ def plus(mix: Sequence[MixChain]) -> list[Stage]:
                 examples.append(Example(m.problem, chain, position))
             else:
                 skipped += 1
+    if not examples:
+        raise DataError(f"all {skipped} chains are the longest of their question: eq. 4 needs chains of different lengths")
     return [Stage("plus", tuple(examples), skipped)]
 
 
@@ -92,13 +97,15 @@ def progressive(mix: Sequence[MixChain], stages: int | None = None) -> list[Stag
 
     A stage is one solution index over all questions: the authors' column where the data has columns, else
     the chain's rank by length, spread evenly over `stages` (default: the largest number of chains any
-    question has) for questions with more or fewer chains.
+    question has) for questions with more or fewer chains. With columns, `stages` takes the first so many
+    from the longest: 4 of the authors' five are Table 7's "4+3+2+1", which leaves out the human one.
     """
-    if all(chain.solution is not None for m in mix for chain in m.chains):
-        columns = sorted({chain.solution or 0 for m in mix for chain in m.chains}, reverse=True)
+    if columns := _columns(mix):
+        if stages is not None and not 1 <= stages <= len(columns):
+            raise SettingError(f"stages is {stages}, but the data has {len(columns)} solutions; expected 1 to {len(columns)}")
         return [
             Stage(f"solution-{k}", tuple(Example(m.problem, c, 1.0) for m in mix for c in m.chains if c.solution == k))
-            for k in columns
+            for k in columns[:stages]
         ]
     count = stages or max((len(m.chains) for m in mix), default=0)
     if count < 2:
@@ -110,6 +117,12 @@ def progressive(mix: Sequence[MixChain], stages: int | None = None) -> list[Stag
         )
         for k in range(count)
     ]
+
+
+def _columns(mix: Sequence[MixChain]) -> list[int]:
+    """The authors' columns, the longest (4) first; empty when a chain has none, as in data made by `mix`."""
+    found = {chain.solution for m in mix for chain in m.chains}
+    return [] if None in found else sorted((k for k in found if k is not None), reverse=True)
 
 
 def _rank(stage: int, stages: int, chains: int) -> int:

@@ -160,30 +160,20 @@ class Run:
         """Opens `folder`.
 
         `settings` are those that decide the rows: a folder made by others is refused with the first field
-        that differs. `facts` (data hashes, hardware) are written when the run begins.
+        that differs, and so is one whose fact "data" (which holds a hash) was another. The other `facts` (hardware)
+        are written when the run begins.
         """
         self.folder = folder
         record = folder / "run.json"
         settings = json.loads(json.dumps(settings))
-        if record.exists():
-            found = read_json(record)
-            if found["verb"] != verb:
-                raise DataError(f"{folder}: holds a run of '{found['verb']}', not '{verb}'; name another --out")
-            differing = [
-                name
-                for name in sorted({*settings, *found["settings"]})
-                if settings.get(name) != found["settings"].get(name)
-            ]
-            if differing:
-                name = differing[0]
-                raise DataError(
-                    f"{folder}: holds a run with {name}={found['settings'].get(name)!r}, this one has "
-                    f"{settings.get(name)!r}; name another --out, or the same settings to go on"
-                )
+        found: Json = read_json(record) if record.exists() else {}
+        if not found and folder.exists() and any(folder.iterdir()):
+            raise DataError(f"{folder}: not empty and not a run folder; name another --out")
+        if found and _holds_work(folder):
+            _refuse_other(folder, found, verb, settings, facts or {})
             self.facts: Json = found["facts"]
         else:
-            if folder.exists() and any(folder.iterdir()):
-                raise DataError(f"{folder}: not empty and not a run folder; name another --out")
+            # A run that failed before its first row (a wrong setting, a full disk) does not keep its folder.
             self.facts = {**versions(), **(facts or {})}
             write_json(record, {"verb": verb, "settings": settings, "facts": self.facts})
         self.rows = RowStore(folder / "rows.sqlite")
@@ -194,6 +184,35 @@ class Run:
     def __exit__(self, *_: object) -> None:
         with closing(self.rows):
             pass
+
+
+def _holds_work(folder: Path) -> bool:
+    rows = folder / "rows.sqlite"
+    if any(path.name != "run.json" and not path.name.startswith(rows.name) for path in folder.iterdir()):
+        return True
+    if not rows.exists():
+        return False
+    with closing(RowStore(rows)) as store:
+        return len(store) > 0
+
+
+def _refuse_other(folder: Path, found: Json, verb: str, settings: Json, facts: Json) -> None:
+    """Raises DataError when `found` (a folder's run.json) is of another verb, other settings or other data."""
+    if found["verb"] != verb:
+        raise DataError(f"{folder}: holds a run of '{found['verb']}', not '{verb}'; name another --out")
+    before = found["settings"]
+    for name in sorted({*settings, *before}):
+        if settings.get(name) != before.get(name):
+            raise DataError(
+                f"{folder}: holds a run with {name}={before.get(name)!r}, this one has {settings.get(name)!r}; "
+                "name another --out, or the same settings to go on"
+            )
+    data = found["facts"].get("data")
+    if facts.get("data", data) != data:
+        raise DataError(
+            f"{folder}: holds a run on other data ({data}; now {facts['data']}); name another --out, or put the data "
+            "back as it was to go on"
+        )
 
 
 def versions() -> Json:

@@ -9,21 +9,20 @@ stand at the start of every direction's curve. Nothing is chosen here; the table
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cotvalve.baselines import PLAIN, baselines
+from cotvalve.direction import Direction, check_fits, load_direction
 from cotvalve.engines import pick
-from cotvalve.errors import DataError, SettingError
+from cotvalve.errors import SettingError
 from cotvalve.mixchain import Sampling, requests_for, sample_rows
 from cotvalve.problems import fingerprint, load
-from cotvalve.records import Json, Run, write_json, write_parquet
+from cotvalve.records import Json, Run, read_json, write_json, write_parquet
 from cotvalve.report import Example, ReportData, write_report
 from cotvalve.statistics import Paired, paired, paired_over_grid, points
 from cotvalve.types import Completion, Grade, Point, Problem, Progress, Sweep, silent
-from cotvalve.valve import Valve
 
 
 class SweepSettings(Sampling):
@@ -34,7 +33,7 @@ class SweepSettings(Sampling):
     data: str = "gsm8k"
     """Data sets, with commas: gsm8k, math500, asdiv, aime24, aime25, arithmetic, or a .jsonl file."""
     split: str = "test"
-    """Part of the data sets. Choose alpha on 'train', report on 'test'."""
+    """Part of the data sets: choose alpha on 'heldout' (training questions nothing is trained on), report on 'test'."""
     limit: int | None = None
     """A seeded random subset of this many problems per data set."""
     baselines: str = ""
@@ -47,21 +46,52 @@ class SweepSettings(Sampling):
     """Run folder."""
 
 
+def problems_of(settings: SweepSettings) -> dict[str, list[Problem]]:
+    """The problems of each data set that the settings name."""
+    found = {
+        name: load(name, split=settings.split, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
+        for name in (part.strip() for part in settings.data.split(","))
+        if name
+    }
+    if not found:
+        raise SettingError("no data set was given; name one with --data, for example gsm8k")
+    return found
+
+
+def redo(folder: Path) -> Path:
+    """Points, tables and report again from the rows of a run folder; nothing is sampled."""
+    found = read_json(folder / "run.json")
+    settings = SweepSettings.read({**found["settings"], "out": str(folder)})
+    with Run(folder, "sweep", found["settings"]) as at:
+        rows: dict[tuple[str, str], list[Json]] = {}
+        for key in at.rows.keys():
+            name, system, _ = key.split("|", 2)
+            rows.setdefault((name, system), [])
+        for name, system in rows:
+            own = at.rows.rows(f"{name}|{system}|")
+            rows[name, system] = [{**row, "alpha": None} for row in own] if system.startswith("prompt:") else own
+        dials = [key for key in rows if key[1] != PLAIN and not key[1].startswith("prompt:")]
+        for name, system in dials:
+            rows[name, system] = [*rows.get((name, PLAIN), []), *rows[name, system]]
+        order = sorted(rows, key=lambda key: (key[0], key[1] != PLAIN, not key[1].startswith("prompt:"), key in dials and [*named_directions(settings.direction)].index(key[1])))
+        return finish(at, {key: rows[key] for key in order}, problems_of(settings), float(at.facts["billions"]), settings)
+
+
 def run(settings: SweepSettings, progress: Progress = silent) -> Path:
     """Samples what is missing, writes the tables and the report; returns the report's path."""
     directions = named_directions(settings.direction)
     budgets = [_whole(part) for part in settings.budgets.split(",") if part.strip()]
     others = baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
-    sets: dict[str, list[Problem]] = {
-        name: load(name, split=settings.split if settings.split in _splits(name) else _splits(name)[0],
-                   data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
-        for name in (part.strip() for part in settings.data.split(",")) if name
-    }  # fmt: skip
-    if not sets:
-        raise SettingError("no data set was given; name one with --data, for example gsm8k")
+    sets = problems_of(settings)
     valve = settings.load_valve()
+    billions = valve.billions()
+    for where in directions.values():
+        # What does not fit is said now, not after hours of sampling the plain model.
+        found = load_direction(where, valve.model)
+        _ = check_fits(found, valve.model) if isinstance(found, Direction) else found.check_fits(valve.model)
     facts = {
         **valve.facts(),
+        "billions": str(billions),
         "data": ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items()),
         "decoding": f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
     }  # fmt: skip
@@ -80,7 +110,6 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
                     at, engine, problems, requests_for(problems, how, valve.tokenizer, [0.0]), progress, f"{name}|{other.name}|"
                 )
                 rows[name, other.name] = [{**row, "alpha": None} for row in found]
-        billions = valve.billions()
         del engine, valve
         for label, where in directions.items():
             turned = settings.load_valve(where)
@@ -157,24 +186,8 @@ def named_directions(text: str) -> dict[str, str]:
     return found
 
 
-def _splits(name: str) -> Sequence[str]:
-    from cotvalve.problems import splits
-
-    return splits(name)
-
-
 def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
         raise SettingError(f"budget '{text.strip()}' is not a whole number of tokens") from None
-
-
-def read_points(folder: Path) -> Json:
-    """`points.json` of a sweep's run folder."""
-    from cotvalve.records import read_json
-
-    found: Any = read_json(folder / "points.json")
-    if "points" not in found:
-        raise DataError(f"{folder / 'points.json'}: holds no points")
-    return found

@@ -12,23 +12,28 @@ kernels need no mask), or packed into one row with restarting positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from cotvalve.direction import Card
+from cotvalve.direction import CARD, Card
 from cotvalve.errors import DataError, SettingError
+from cotvalve.problems import fingerprint, training
 from cotvalve.prompts import prompt, render, target, thinks
-from cotvalve.problems import fingerprint
-from cotvalve.records import Json, Run, disk, write_json
+from cotvalve.records import Json, Run, disk, read_json, write_json
 from cotvalve.settings import ModelSettings, Settings
+from cotvalve.taskvector import TaskVector
 from cotvalve.types import Progress, Toward, silent
 from cotvalve.valve import Valve
 
@@ -222,6 +227,24 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
+class _Order(LengthGroupedSampler):
+    """Rows of like length together, in an order that seed and epoch decide and nothing else.
+
+    The Trainer's own draws each epoch's order from the global generator: a run that was stopped in its second
+    epoch would go on with the order of the first.
+    """
+
+    def __init__(self, trainer: ValveTrainer) -> None:
+        step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+        super().__init__(step, lengths=[len(row["input_ids"]) for row in trainer.train_dataset])
+        self.trainer, self.steps = trainer, math.ceil(len(self.lengths) / step)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.trainer.state.global_step // self.steps
+        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + (epoch << 32))
+        return super().__iter__()
+
+
 class ValveTrainer(Trainer):
     """The Trainer with one alpha per row (or token) around every forward and backward pass."""
 
@@ -231,6 +254,9 @@ class ValveTrainer(Trainer):
         self.valve, self.card = valve, card
         # compute_loss divides by the tokens of the whole step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _Order:
+        return _Order(self)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         alpha = inputs.pop("alpha")
@@ -265,6 +291,7 @@ def save_learned(valve: Valve, card: Card, folder: Path) -> None:
         valve.current(card).save(folder)
     elif valve.adapted:
         valve.peft_model.save_pretrained(folder)
+        card.write(folder / CARD, "lora")
     else:
         valve.model.save_pretrained(folder)
 
@@ -350,22 +377,25 @@ def _fit_stage(
     micro = min(batch, settings.micro_batch or max(1, (TOKENS_AT_ONCE if device.type == "cuda" else TOKENS_AT_ONCE // 4) // longest))
     micro = next(size for size in range(micro, 0, -1) if batch % size == 0)
     skip = _SkipBadSteps(stage.name, progress)
+    autocast = dtype == torch.bfloat16 and device.type == "cuda"
+    # Autocast makes bf16 of the adapters' fp32 weights; PEFT's own cast of the input to fp32 would only be undone.
+    casting = disable_input_dtype_casting(valve.peft_model) if valve.adapted and autocast else nullcontext()
     trainer = ValveTrainer(
         valve, card, skip, train_dataset=rows,
         args=TrainingArguments(
             output_dir=str(home), per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro,
             num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
-            max_grad_norm=settings.clip, bf16=dtype == torch.bfloat16 and device.type == "cuda",
+            max_grad_norm=settings.clip, bf16=autocast,
             use_cpu=device.type == "cpu", seed=settings.seed, data_seed=settings.seed,
             save_strategy="steps", save_steps=settings.checkpoint_every, save_total_limit=1,
-            train_sampling_strategy="group_by_length", logging_steps=5, report_to=[], disable_tqdm=True,
+            logging_steps=5, report_to=[], disable_tqdm=True,
             remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
         ),
     )  # fmt: skip
     progress(stage.name, 0, max(1, math.ceil(count / settings.batch * settings.epochs)), f"{count} examples, {tokens:,} tokens")
     last = _last_checkpoint(home)
-    with disk(home):
+    with disk(home), casting:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         # A last checkpoint marks the stage as done: run again, the Trainer finds no step left in it.
         if last is None or int(last.name.rpartition("-")[2]) < trainer.state.global_step:
@@ -380,9 +410,15 @@ def _fit_stage(
 
 
 def _last_checkpoint(home: Path) -> Path | None:
-    """The newest checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
-    whole = [path for path in home.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest checkpoint that was written whole: the Trainer writes trainer_state.json last, in one go or in part."""
+
+    def whole(path: Path) -> bool:
+        try:
+            return bool(read_json(path / "trainer_state.json"))
+        except DataError:
+            return False
+
+    return max(filter(whole, home.glob("checkpoint-*")), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class TrainSettings(ModelSettings, FitSettings):
@@ -423,7 +459,7 @@ def run(settings: TrainSettings, progress: Progress = silent) -> Path:
     if not mixchain.is_mixchain(settings.data):
         if settings.recipe != "valve":
             raise SettingError(f"recipe '{settings.recipe}' needs several chains per question; give the run folder of `cotvalve mix` as --data")
-        problems = mixchain.training_problems(settings.data, settings.data_dir, settings.limit, settings.seed)
+        problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
         thinking = thinks(valve.tokenizer) if settings.thinking == "auto" else settings.thinking == "yes"
         mix = mixchain.short_chains(problems, valve.tokenizer, thinking)
     else:
@@ -444,5 +480,8 @@ def run(settings: TrainSettings, progress: Progress = silent) -> Path:
         report = fit(valve, stages, settings, folder, card, ask=settings.prompt, progress=progress)
         with disk(folder):
             save_learned(valve, card, folder)
+            if settings.full:
+                valve.tokenizer.save_pretrained(folder)
+                replace(TaskVector.between(settings.model, folder), card=card).save(folder)
         write_json(folder / "train.json", report)
     return folder

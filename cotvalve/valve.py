@@ -14,6 +14,7 @@ Outside `at` the valve is closed: the model is the base model bit for bit. Nothi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,21 +64,31 @@ class Dial:
     def _learn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         # With gradients alpha multiplies A x, which has r numbers where B A x has thousands: the same
         # product, and nothing large is kept for the backward pass.
-        return out * self._alpha if self._alpha is not None and torch.is_grad_enabled() else out
+        if self._alpha is None or not torch.is_grad_enabled():
+            return out
+        return (out * self._for(out)).to(out.dtype)
 
     def _turn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         if self._alpha is None or self._closed is None:
             return torch.zeros_like(out)
-        if torch.is_grad_enabled():
-            return out
-        if self._alpha.numel() > 1 and (out.ndim != 3 or out.shape[0] != self._alpha.shape[0]):
-            raise EngineError(
-                f"the dial is set for {self._alpha.shape[0]} rows but a layer got shape {tuple(out.shape)}: "
-                "rows cannot be told apart there; use one alpha for the whole batch"
-            )
+        alpha = self._for(out)
         # alpha stays fp32 whatever the model's dtype (bf16 has 3 digits); where() and not only the product,
         # because 0 * NaN is NaN and alpha 0 promises the base model.
-        return torch.where(self._closed, 0.0, out * self._alpha)
+        turned = out if torch.is_grad_enabled() else out * alpha
+        return torch.where(self._closed.reshape(alpha.shape), 0.0, turned)
+
+    def _for(self, out: Tensor) -> Tensor:
+        """alpha in the shape that multiplies `out`; EngineError where rows or tokens cannot be told apart."""
+        assert self._alpha is not None
+        if self._alpha.numel() == 1:
+            return self._alpha.reshape((1,) * out.ndim)
+        rows, tokens, _ = self._alpha.shape
+        if out.ndim != 3 or out.shape[0] != rows or tokens not in (1, out.shape[1]):
+            raise EngineError(
+                f"the dial is set for {rows} rows{f' of {tokens} tokens' if tokens > 1 else ''} but a layer got shape "
+                f"{tuple(out.shape)}: rows cannot be told apart there; use one alpha for the whole batch"
+            )
+        return self._alpha
 
     @contextmanager
     def at(self, alpha: float | Tensor) -> Iterator[None]:
@@ -210,13 +221,21 @@ class Valve:
 
         Nested use and exceptions restore bit for bit. Without a direction only alpha 0 is a position.
         """
+        if not isinstance(alpha, Tensor):
+            alpha = torch.tensor(alpha, dtype=torch.float32)
+            if not alpha.isfinite().all():
+                raise SettingError(f"alpha is {alpha.tolist()}; expected finite numbers")
+        if self.adapted and self.dial is None:
+            raise DirectionMismatch(
+                "a DoRA adapter in training has no dial; save it and load the folder: it becomes an exact weight difference"
+            )
         if self.dial is not None:
             if any(getattr(layer, "merged", False) for layer in self.dial.layers.values()):
                 raise DirectionMismatch("the adapter was merged into the base weights; the dial cannot turn it any more")
-            with self.dial.at(alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float32)):
+            with self.dial.at(alpha):
                 yield self.model
             return
-        positions = torch.as_tensor(alpha, dtype=torch.float32).unique()
+        positions = alpha.float().unique()
         if positions.numel() != 1:
             raise EngineError("an exact task vector moves all weights: one alpha per batch; extract it with a rank to mix alphas")
         position, before = float(positions), self._moved
@@ -298,6 +317,8 @@ class Valve:
                 raise SettingError("this direction has no calibration.json; run `cotvalve calibrate`, or give alpha")
             alpha = self.calibration.alpha(tokens=tokens, shorter=shorter)
         positions = [0.0] if alpha is None else [alpha] if isinstance(alpha, (int, float)) else list(alpha)
+        if bad := [position for position in positions if not math.isfinite(position)]:
+            raise SettingError(f"alpha {bad[0]} is not a finite number")
         questions = [question] if isinstance(question, str) else list(question)
         requests = [
             Request(f"{i:09d}", text, float(position), max_new_tokens, temperature, top_p, seed + i)

@@ -55,11 +55,16 @@ class GenerateEngine:
         how = GenerationConfig(
             max_new_tokens=max(e.room for e in batch), do_sample=False, eos_token_id=self._codec.stops, pad_token_id=pad
         )
-        with torch.inference_mode(), self.valve.at(alphas if self.valve.rows else alphas[0]):
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=how,
-                logits_processor=LogitsProcessorList([_Draw(batch, width, device)]),
-            )  # fmt: skip
+        # transformers fills what a generation config leaves open from the checkpoint's own: repetition penalties too.
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            with torch.inference_mode(), self.valve.at(alphas if self.valve.rows else alphas[0]):
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=how,
+                    logits_processor=LogitsProcessorList([_Draw(batch, width, device)]),
+                )  # fmt: skip
+        finally:
+            model.generation_config = own
         return [self._codec.completion(e, self._cut(row, e.room)) for e, row in zip(batch, out[:, width:].tolist(), strict=True)]
 
     def _cut(self, ids: list[int], room: int) -> list[int]:

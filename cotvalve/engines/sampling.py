@@ -35,8 +35,10 @@ def sample(logits_B_V: Tensor, uniform_B: Tensor, temperature_B: Tensor, top_p_B
     weights = torch.softmax(logits_B_V.float() / temperature_B.clamp_min(1e-6)[:, None], -1)
     if top_p_B is not None:
         ordered, order = weights.sort(-1, descending=True)
-        # A token stays while the mass before it is below top_p: the first one always does.
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p_B[:, None], 0.0)
+        # A token stays while the mass before it is below top_p; the first one always does, also at top_p 0.
+        gone = ordered.cumsum(-1) - ordered >= top_p_B[:, None]
+        gone[:, 0] = False
+        ordered = ordered.masked_fill(gone, 0.0)
         weights = torch.zeros_like(weights).scatter_(-1, order, ordered)
     return torch.where(temperature_B == 0, greedy, invert(weights, uniform_B))
 

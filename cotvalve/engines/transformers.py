@@ -11,45 +11,25 @@ engine takes over), beam search, speculative decoding.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
+from cotvalve.engines.slots import ATTENTION, SlotLayer, Window
 from cotvalve.errors import EngineError
 from cotvalve.types import Completion, Progress, Request, silent
 
 if TYPE_CHECKING:
     from cotvalve.valve import Valve
-
-ATTENTION = "cotvalve_slots"
-
-
-def _attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """SDPA; a decoding step folds the query heads that share a key head into the query length.
-
-    [B, H, 1, D] -> [B, K, H/K, D], so that keys and values are read once and not copied H/K times.
-    """
-    if query.shape[2] != 1 or attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    rows, heads, _, _ = query.shape
-    folded = query.reshape(rows, key.shape[1], heads // key.shape[1], -1)
-    out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(rows, 1, heads, value.shape[-1]), None
-
-
-# Without a mask function under this name, transformers hands masks through as they are given.
-AttentionInterface.register(ATTENTION, _attention)
 
 
 def unsupported(model: PreTrainedModel) -> str:
@@ -64,56 +44,6 @@ def unsupported(model: PreTrainedModel) -> str:
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps attention logits"
     return ""
-
-
-class _Window:
-    """Which part of the cache the next forward reads and writes; shared by all layers."""
-
-    def __init__(self) -> None:
-        self.slots: Tensor | None = None
-        """Prefill: the slot of each row [n]. None in a decoding step."""
-        self.rows = self.length = 0
-        """Decoding: the first `rows` slots up to cache position `length`."""
-        self.position: Tensor | None = None
-        """Decoding: where each row writes, [rows]."""
-
-
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slots, heads, length, dim], written at each row's own position."""
-
-    def __init__(self, window: _Window, slots: int, length: int) -> None:
-        super().__init__()
-        self.window, self.slots, self.length = window, slots, length
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (self.slots, key_states.shape[1], self.length)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        window = self.window
-        if window.slots is not None:
-            width = key_states.shape[2]
-            self.keys[window.slots, :, :width] = key_states
-            self.values[window.slots, :, :width] = value_states
-            return key_states, value_states
-        every = torch.arange(window.rows, device=key_states.device)
-        self.keys[every, :, window.position] = key_states[:, :, 0]
-        self.values[every, :, window.position] = value_states[:, :, 0]
-        return self.keys[: window.rows, :, : window.length], self.values[: window.rows, :, : window.length]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return self.length
 
 
 class TransformersEngine:
@@ -142,18 +72,20 @@ class TransformersEngine:
         for alpha in sorted(groups):
             # Longest first: what needs most memory comes while the run can still be made smaller.
             waiting = sorted(groups[alpha], key=lambda e: -(len(e.ids) + e.room))
-            slots = min(self.batch or self._slots_that_fit(waiting[0]), len(waiting))
+            slots = min(self.batch or self.slots_that_fit(len(waiting[0].ids) + waiting[0].room), len(waiting))
             while waiting:
-                batch: _Batch | None = None
+                batch: Batch | None = None
                 self.valve.model.set_attn_implementation(ATTENTION)
                 try:
-                    batch = _Batch(self, waiting, slots, alpha)
-                    while batch.busy:
-                        for completion in batch.advance():
-                            done += 1
-                            tokens += completion.tokens
-                            yield completion
-                        progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+                    batch = Batch(self, waiting, slots, alpha)
+                    # Weights of an exact task vector are moved once here, not at every token.
+                    with nullcontext() if self.valve.rows else self.valve.at(alpha):
+                        while batch.busy:
+                            for completion in batch.advance():
+                                done += 1
+                                tokens += completion.tokens
+                                yield completion
+                            progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
                     waiting = []
                 except torch.OutOfMemoryError as error:
                     waiting = batch.unfinished() if batch else waiting
@@ -166,30 +98,36 @@ class TransformersEngine:
                 finally:
                     self.valve.model.set_attn_implementation(before)
 
-    def _slots_that_fit(self, longest: Encoded) -> int:
+    def slots_that_fit(self, longest: int) -> int:
+        """Slots whose caches fit the free memory, for chains of `longest` tokens with their prompt."""
         model = self.valve.model
         if model.device.type != "cuda":
             return 64
+        gc.collect()
+        torch.cuda.empty_cache()
         config = model.config
         heads = config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         width = config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * dim
-        chain = width * (len(longest.ids) + longest.room) * model.dtype.itemsize
+        chain = width * longest * model.dtype.itemsize
         # logits and their sampling copies take about 16 bytes a row and vocabulary entry
         chain += config.vocab_size * 16
         free, _ = torch.cuda.mem_get_info(model.device)
         return max(1, min(1024, int(free * 0.7 / chain)))
 
 
-class _Batch:
-    """The slots while one list of requests runs."""
+class Batch:
+    """The slots while one list of requests runs (in live.py: while a server does)."""
 
-    def __init__(self, engine: TransformersEngine, waiting: list[Encoded], slots: int, alpha: float) -> None:
+    def __init__(
+        self, engine: TransformersEngine, waiting: list[Encoded], slots: int, alpha: float, context: int | None = None
+    ) -> None:
+        """`context` cache positions per slot; None: as many as `waiting` needs."""
         self.valve, self.codec, self.graphs_on = engine.valve, engine._codec, engine.graphs
         self.model = engine.valve.model
         self.device = self.model.device
         self.cuda = self.device.type == "cuda"
-        self.grain = 128 if self.cuda else 32
+        self.grain = 256 if self.cuda else 32
         """Cache lengths are rounded up to this, so that few graphs are captured."""
         self.burst = 8 if self.cuda else 4
         """Decoding steps between two looks at what has finished."""
@@ -198,11 +136,11 @@ class _Batch:
         self.slots: list[Encoded | None] = [None] * slots
         self.filled = [0] * slots
         """Per slot, an upper bound of the next cache position."""
-        new = max(e.room for e in waiting)
-        length = self._round(max(len(e.ids) + e.room for e in waiting))
+        new = context or max(e.room for e in waiting)
+        length = self._round(context or max(len(e.ids) + e.room for e in waiting))
         config = self.model.config
-        self.window = _Window()
-        self.cache = Cache(layers=[_SlotLayer(self.window, slots, length) for _ in range(config.num_hidden_layers)])
+        self.window = Window()
+        self.cache = Cache(layers=[SlotLayer(self.window, slots, length) for _ in range(config.num_hidden_layers)])
         self.length = length
         long = {"dtype": torch.long, "device": self.device}
         self.ids, self.position, self.count, self.room = (torch.zeros(slots, **long) for _ in range(4))
@@ -212,10 +150,10 @@ class _Batch:
         self.top_p = torch.ones(slots, device=self.device)
         self.sampled = any(e.request.temperature > 0 for e in waiting)
         self.cut = any(e.request.top_p < 1 for e in waiting)
-        self.uniform = torch.zeros(slots, new if self.sampled else 1, device=self.device)
+        self.uniform = torch.zeros(slots, new if self.sampled or context else 1, device=self.device)
         self.stops = torch.tensor(self.codec.stops, **long)
         self.every = torch.arange(length, device=self.device)
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
         self.rows = slots
 
     @property
@@ -232,11 +170,7 @@ class _Batch:
     @torch.inference_mode()
     def advance(self) -> list[Completion]:
         """Admits, decodes one burst, and hands back what has finished."""
-        free = [i for i in range(self.rows) if self.slots[i] is None]
-        if self.waiting and (len(free) >= max(1, self.rows // 8) or len(free) == self.rows):
-            self._admit(free)
-        elif not self.waiting:
-            self._compact()
+        self._refill()
         steps = min(self.burst, max(e.room for e in self.slots if e is not None))
         length = min(self.length, self._round(max(self.filled[i] for i in range(self.rows) if self.slots[i]) + steps))
         for _ in range(steps):
@@ -244,6 +178,13 @@ class _Batch:
         for i in range(self.rows):
             self.filled[i] += steps
         return self._harvest()
+
+    def _refill(self) -> None:
+        free = [i for i in range(self.rows) if self.slots[i] is None]
+        if self.waiting and (len(free) >= max(1, self.rows // 8) or len(free) == self.rows):
+            self._admit(free)
+        elif not self.waiting:
+            self._compact()
 
     def _admit(self, free: list[int]) -> None:
         """Fills free slots. A prompt is cached but for its last token, which the next step reads."""
@@ -290,7 +231,7 @@ class _Batch:
     def _step(self, length: int) -> None:
         if not self.graphs_on:
             return self._decode(length)
-        key = self.rows, length
+        key = self.rows, length, self.sampled, self.cut
         if key in self.graphs:
             return self.graphs[key].replay()
         # The first step of a shape runs eagerly (it is a real step, and it warms the libraries up); the
@@ -345,10 +286,11 @@ class _Batch:
         return found
 
     def _compact(self) -> None:
-        """With nothing left to admit, moves the live rows to the front once half of the rows have ended."""
+        """With nothing left to admit, moves the live rows to the front once enough rows have ended."""
         live = [i for i in range(self.rows) if self.slots[i] is not None]
         rows = max(8 if self.cuda else 1, 1 << (len(live) - 1).bit_length())
-        if rows > self.rows // 2:
+        # A new number of rows is a new graph on CUDA, so steps are larger there.
+        if rows > self.rows // (4 if self.cuda else 2):
             return
         order = live + [i for i in range(self.rows) if self.slots[i] is None][: rows - len(live)]
         index = torch.tensor(order, device=self.device)
@@ -359,6 +301,8 @@ class _Batch:
         for layer in self.cache.layers:
             for cached in (layer.keys, layer.values):
                 cached[:rows, :, :reach] = cached[index, :, :reach]
-        self.slots = [self.slots[i] for i in order]
-        self.filled = [self.filled[i] for i in order]
+        self.alive[rows:] = False
+        beyond = len(self.slots) - rows
+        self.slots = [self.slots[i] for i in order] + [None] * beyond
+        self.filled = [self.filled[i] for i in order] + [0] * beyond
         self.rows = rows

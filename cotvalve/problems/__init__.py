@@ -36,6 +36,8 @@ ARITHMETIC = DataSet(
 
 _SETS: dict[str, DataSet] = {each.name: each for each in (GSM8K, MATH500, ASDIV, AIME24, AIME25, PRM12K, ARITHMETIC)}
 NAMES: tuple[str, ...] = tuple(_SETS)
+HELD_OUT = "heldout"
+"""The split of training questions on which things are chosen."""
 
 
 def describe(name: str) -> DataSet:
@@ -57,6 +59,7 @@ def load(
 
     `name` is one of NAMES or a path to a .jsonl file (whose only split is itself). `data_dir` is a folder laid
     out as docs/data.md says; without it the environment variable COTVALVE_DATA, else the published source.
+    Split 'heldout' is the part of the training questions that nothing is ever trained on (`held_out`).
     `limit` keeps a random subset chosen by `seed`, never the first ones: a problem's place is decided by its id
     alone, so a larger limit keeps all problems of a smaller one, and the order stays that of the set.
     Raises SettingError for an unknown name, split or limit, DataError for what cannot be read.
@@ -65,22 +68,46 @@ def load(
         problems = jsonl.problems(Path(name))
     else:
         found = describe(name)
-        if split not in found.sizes:
-            raise SettingError(unknown(f"split of {name}", split, found.sizes))
+        source = "train" if split == HELD_OUT and "train" in found.sizes else split
+        if source not in found.sizes:
+            known = [*found.sizes, *([HELD_OUT] if "train" in found.sizes else [])]
+            raise SettingError(unknown(f"split of {name}", split, known))
         folder = data_dir or os.environ.get(ENVIRONMENT)
-        problems = found.read(split, Path(folder) if folder else None)
-        if not folder and len(problems) != found.sizes[split]:
+        problems = found.read(source, Path(folder) if folder else None)
+        if not folder and len(problems) != found.sizes[source]:
             raise DataError(
-                f"data set '{name}' ({found.source}) has {len(problems)} problems in '{split}', expected "
-                f"{found.sizes[split]}: its published copy has changed; name a folder with --data-dir"
+                f"data set '{name}' ({found.source}) has {len(problems)} problems in '{source}', expected "
+                f"{found.sizes[source]}: its published copy has changed; name a folder with --data-dir"
             )
     _refuse_unusable(problems, name)
-    if limit is None:
-        return problems
+    if split == HELD_OUT:
+        problems = [problem for problem in problems if held_out(problem)]
+    return problems if limit is None else _subset(problems, limit, seed)
+
+
+def _subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
     if limit < 1:
         raise SettingError(f"limit must be 1 or more (given: {limit})")
     places = sorted(range(len(problems)), key=lambda place: _lot(problems[place].id, seed))
     return [problems[place] for place in sorted(places[:limit])]
+
+
+def held_out(problem: Problem) -> bool:
+    """True for the fifteenth of all training questions on which alphas, epochs and calibrations are chosen.
+
+    Decided by the id alone, so every run leaves out the same ones: `cotvalve train` and `mix` never see them.
+    """
+    return hashlib.sha256(f"{HELD_OUT}/{problem.id}".encode()).digest()[0] < 17  # 17 of 256
+
+
+def training(name: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0) -> list[Problem]:
+    """The questions of `name` that may be learned from: its train split (or a .jsonl file) less the held-out ones.
+
+    A set with only a test split is refused.
+    """
+    split = "test" if _is_path(name) else "train"
+    problems = [problem for problem in load(name, split=split, data_dir=data_dir) if not held_out(problem)]
+    return problems if limit is None else _subset(problems, limit, seed)
 
 
 def fingerprint(problems: Iterable[Problem]) -> str:

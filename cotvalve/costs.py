@@ -1,0 +1,348 @@
+"""Memory and time from an architecture's numbers: what plan.py adds up. Formulas only, nothing is loaded.
+
+Bytes and GPU-hours are estimates for dense Llama-like models. What cannot be known beforehand is a `Range`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cotvalve.errors import SettingError, unknown
+from cotvalve.mixchain import Sampling
+from cotvalve.records import read_json
+from cotvalve.settings import ModelSettings
+from cotvalve.train import LOSS_SLICE, TOKENS_AT_ONCE, TrainSettings
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU."""
+
+    name: str
+    memory: float
+    """Usable bytes: what the driver shows, less 5 % that fragments."""
+    flops: float
+    """Dense bf16 operations per second, as published."""
+    bandwidth: float
+    """Bytes per second, as published."""
+
+
+CARDS = (
+    Card("80 GB (H100)", 79.2 * GIB * 0.95, 989e12, 3.35e12),
+    Card("24 GB (A5000)", 23.6 * GIB * 0.95, 111e12, 0.768e12),
+)
+"""The paper's two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Between two numbers; both the same for what is known."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float) -> "Range":
+        return cls(value, value)
+
+    def __add__(self, other: "Range | float") -> "Range":
+        other = other if isinstance(other, Range) else Range.of(other)
+        return Range(self.low + other.low, self.high + other.high)
+
+    def __mul__(self, other: "Range | float") -> "Range":
+        other = other if isinstance(other, Range) else Range.of(other)
+        return Range(self.low * other.low, self.high * other.high)
+
+    def __truediv__(self, other: "Range | float") -> "Range":
+        other = other if isinstance(other, Range) else Range.of(other)
+        return Range(self.low / other.high, self.high / other.low)
+
+    def capped(self, most: float) -> "Range":
+        """Neither end above `most`."""
+        return Range(min(self.low, most), min(self.high, most))
+
+    def __str__(self) -> str:
+        """Two digits are all an estimate has; a count that is known is said whole.
+
+        >>> str(Range(0.123, 4)), str(Range(1234, 56789)), str(Range.of(7.44e6)), str(Range.of(7473))
+        ('0.12 to 4', '1,200 to 57 k', '7.4 M', '7,473')
+        """
+        if self.low == self.high < 1e5 and self.low == int(self.low):
+            return f"{self.low:,.0f}"
+        low, high = _short(self.low), _short(self.high)
+        return low if low == high else f"{low} to {high}"
+
+
+def _short(number: float) -> str:
+    if not number:
+        return "0"
+    number = round(number, 1 - math.floor(math.log10(abs(number))))
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= (unit if unit > 1e3 else 1e4):
+            return f"{number / unit:,.3g}{name}"
+    return f"{number:,.0f}" if number >= 10 else f"{number:g}"
+
+
+FIELDS = {
+    "family": "model_type",
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp": "intermediate_size",
+    "vocabulary": "vocab_size",
+    "tied": "tie_word_embeddings",
+}
+"""A recipe's names for an architecture's numbers, and config.json's."""
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose parameters are counted here: dense, gated feed-forward layers, grouped queries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The numbers that decide memory and time."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    tied: bool
+    source: str
+    """Where the numbers are from."""
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear modules of a layer: inputs and outputs."""
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, wide), "k_proj": (self.hidden, narrow), "v_proj": (self.hidden, narrow),
+            "o_proj": (wide, self.hidden), "gate_proj": (self.hidden, self.mlp), "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+        }  # fmt: skip
+
+    @property
+    def parameters(self) -> int:
+        """Tied weights once."""
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        extra = {"qwen2": wide + 2 * narrow, "qwen3": 2 * self.head_dim}.get(self.family, 0)
+        layer = sum(inputs * outputs for inputs, outputs in self.linears.values()) + 2 * self.hidden + extra
+        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that a token is multiplied with: all but the table it is looked up in."""
+        return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
+
+    def lora(self, rank: int, modules: str) -> int:
+        """Parameters of a LoRA on `modules` (all, attention, mlp, or names with commas)."""
+        sets = {"all": list(self.linears), "attention": list(self.linears)[:4], "mlp": list(self.linears)[4:]}
+        chosen = sets.get(modules) or [part.strip() for part in modules.split(",")]
+        if wrong := [name for name in chosen if name not in self.linears]:
+            raise SettingError(unknown("module", wrong[0], self.linears))
+        return self.layers * rank * sum(sum(self.linears[name]) for name in chosen)
+
+    def bytes(self, settings: ModelSettings) -> float:
+        """Of the weights as `settings` load them on a GPU."""
+        # NF4 with double quantisation takes 4.13 bits; embeddings and output stay in 16.
+        if settings.quantize_4bit:
+            ends = self.vocabulary * self.hidden * (1 if self.tied else 2)
+            return (self.parameters - ends) * 4.13 / 8 + ends * 2
+        return self.parameters * (4.0 if settings.dtype == "float32" else 2.0)
+
+    def cache(self) -> int:
+        """Bytes of keys and values of one token, in 16 bits."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+    def kept(self, checkpointing: bool) -> float:
+        """Bytes that one token's forward pass keeps for the backward pass.
+
+        A layer keeps 13 bytes per hidden unit, 4.5 per query and 4 per key unit, 8.5 per feed-forward unit:
+        fitted to what autograd saved of tiny models in bf16 with a LoRA on all modules (tests/test_plan.py).
+        """
+        layer = 13 * self.hidden + (4.5 * self.heads + 4 * self.kv_heads) * self.head_dim + 8.5 * self.mlp
+        # Checkpointing keeps each layer's input, and the inside of the one that is being computed again.
+        return self.layers * 2 * self.hidden + layer if checkpointing else self.layers * layer
+
+
+def architecture(name: str, sizes: Mapping[str, Any]) -> Architecture:
+    """The numbers of the model called `name`: from its config on this machine, else from a recipe's `sizes`.
+
+    Raises SettingError when neither is there, when they differ (naming the field), and when `sizes` contradicts
+    itself.
+    """
+    path = _config(name)
+    given: Mapping[str, Any] | None = sizes.get(name)
+    if given is not None:
+        for key in given:
+            if key not in FIELDS and key != "parameters":
+                raise SettingError(f"sizes: models: {name}: {unknown('field', key, [*FIELDS, 'parameters'])}")
+        if missing := [key for key in FIELDS if key not in given]:
+            raise SettingError(f"sizes: models: {name}: no {missing[0]}; expected {', '.join(FIELDS)}")
+    if path is not None:
+        found = _read(path)
+        for key in FIELDS:
+            if given is not None and given[key] != found[key]:
+                raise SettingError(f"sizes: models: {name}: {key} is {given[key]}, but {path} says {found[key]}; correct the recipe")
+        made = Architecture(**found, source=f"config in {path.parent}")
+    elif given is not None:
+        made = Architecture(**{key: given[key] for key in FIELDS}, source="the recipe's sizes; no config of it is here")
+    else:
+        raise SettingError(f"the size of model '{name}' is not known: no config of it is here and the recipe's sizes: models: has only {', '.join(sizes) or 'none'}")
+    if made.family not in FAMILIES:
+        raise SettingError(f"model '{name}' is a {made.family}; a plan counts {', '.join(FAMILIES)}")
+    said = (given or {}).get("parameters")
+    if said is not None and abs(said * 1e9 / made.parameters - 1) > 0.01:
+        raise SettingError(f"sizes: models: {name}: parameters is {said}, but its other numbers make {made.parameters / 1e9:.4g} billion")
+    return made
+
+
+def _config(name: str) -> Path | None:
+    """The model's config.json, if it is on this machine."""
+    from cotvalve.checkpoints import resolve
+
+    path = Path(resolve(name)) / "config.json"
+    if path.is_file():
+        return path
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    heads = config.get("num_attention_heads")
+    config = {"tie_word_embeddings": False, "num_key_value_heads": heads, **config}
+    if config.get("head_dim") is None and heads:
+        config["head_dim"] = config.get("hidden_size", 0) // heads
+    if missing := [name for name in FIELDS.values() if config.get(name) is None]:
+        raise SettingError(f"{path}: has no {missing[0]}, so the model's size cannot be counted")
+    return {key: config[name] for key, name in FIELDS.items()}
+
+
+RESERVED = 1.5 * GIB
+"""CUDA's context, libraries and workspaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes while training."""
+
+    weights: float
+    learned: float
+    """What is learned, its gradient and Adam's two moments, all fp32."""
+    kept: Range
+    logits: float
+
+    def cards(self, card: Card) -> int:
+        """Cards that hold it with weights and optimizer sharded over them; 0 when the activations alone are too large."""
+        room = card.memory - RESERVED - self.logits - self.kept.high
+        return math.ceil((self.weights + self.learned) / room) if room > 0 else 0
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "learned with AdamW": self.learned, "slice of logits": self.logits}
+        parts = {name: size for name, size in parts.items() if size}
+        return ", ".join(f"{name} {Range.of(size / GIB)}" for name, size in parts.items()) + f", activations {self.kept / GIB}"
+
+
+def training_memory(model: Architecture, settings: TrainSettings, length: Range) -> TrainingMemory:
+    """`length`: mean tokens of an example; the longest is taken to be LONGEST times that."""
+    longest = settings.max_length if settings.packing else min(settings.max_length, LONGEST * length.high)
+    rows = min(settings.batch, settings.micro_batch or max(1, int(TOKENS_AT_ONCE // longest)))
+    at_once = Range(min(rows * length.low, rows * longest), rows * longest)
+    learned = model.parameters if settings.full else model.lora(settings.rank, settings.modules)
+    return TrainingMemory(
+        # Full fine-tuning turns the weights themselves into fp32 and works on copies in 16 bits.
+        weights=model.parameters * 2.0 if settings.full else model.bytes(settings),
+        learned=learned * 16.0,
+        kept=at_once * model.kept(settings.gradient_checkpointing) * ALLOCATOR,
+        # 16-bit and fp32 logits and their gradients
+        logits=min(LOSS_SLICE, at_once.high) * model.vocabulary * 12.0,
+    )
+
+
+LONGEST = 4
+"""Longest example over the mean one: GSM8K's human chains have 122 tokens in the mean and up to 450."""
+ALLOCATOR = 1.2
+"""Memory in use over memory asked for, at the peak."""
+
+
+def efficiency(model: Architecture) -> Range:
+    """Share of a card's published operations that training reaches: small layers leave a large card idle."""
+    return Range(0.06, 0.25) if model.parameters < 4e9 else Range(0.2, 0.45)
+
+
+def training_hours(model: Architecture, settings: TrainSettings, tokens: Range, length: Range, card: Card) -> Range:
+    """GPU-hours for `tokens` in all, in examples of `length`."""
+    again = 1 if settings.gradient_checkpointing else 0
+    # Forward 2 operations per weight, backward 2 to the activations and, where weights learn, 2 to those.
+    weights = (6 if settings.full else 4) + 2 * again
+    attention = (3 + again) * 2 * model.layers * model.heads * model.head_dim
+    work = tokens * (length * attention + weights * model.multiplied)
+    return work / (efficiency(model) * card.flops) / 3600
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMemory:
+    """Bytes while sampling."""
+
+    weights: float
+    chain: float
+    """Of one slot: keys and values up to the token limit, and its logits."""
+    slots: int
+    cards: int
+
+
+def sampling_memory(model: Architecture, settings: Sampling, prompt: int, count: float, card: Card) -> SamplingMemory:
+    """As many cards as hold the weights and one chain, and the slots the engine would then take."""
+    weights = model.bytes(settings)
+    chain = model.cache() * (prompt + settings.max_new_tokens) + model.vocabulary * 16.0
+    cards = math.ceil((weights + chain / 0.7) / (card.memory - RESERVED))
+    free = cards * (card.memory - RESERVED) - weights
+    slots = settings.slots or min(1024, int(0.7 * free / chain))  # engines/transformers.py
+    return SamplingMemory(weights, chain, max(1, min(slots, int(count))), cards)
+
+
+LAUNCH = Range(0.1e-3, 1.0e-3)
+"""Seconds a layer's kernels take beside reading memory: 1.5 billion parameters with a LoRA and 512 slots gave 12,000 to
+22,000 tokens a second on an H100 that had other work."""
+BANDWIDTH = Range(0.3, 0.6)
+"""Share of the published memory bandwidth that decoding reaches."""
+
+
+def sampling_hours(model: Architecture, prompt: int, count: float, length: Range, at: SamplingMemory, card: Card) -> Range:
+    """GPU-hours for `count` chains of `length` tokens in the mean."""
+    context = length * 0.5 + prompt
+    read = (context * model.cache() + model.vocabulary * 16) * at.slots + at.weights
+    compute = at.slots * 2 * model.multiplied / (0.5 * card.flops)
+    one = read / (BANDWIDTH * card.bandwidth)
+    step = Range(max(one.low, compute), max(one.high, compute)) / at.cards + LAUNCH * model.layers
+    prompts = Range.of(count * prompt * 2 * model.multiplied) / (efficiency(model) * card.flops)
+    return (step * length * (count / at.slots) * at.cards + prompts) / 3600
+
+
+def how() -> list[str]:
+    """The formulas in words."""
+    return [
+        "- Training: 4 operations per weight and token with a LoRA (forward 2, backward 2; frozen weights get no gradient), 6 in full "
+        "fine-tuning, 2 more with gradient checkpointing; causal attention 6 x layers x query width x length (8 with "
+        "checkpointing). Hours = operations / (published bf16 rate x 20-45 %; 6-25 % below 4 billion parameters).",
+        "- Sampling: a step reads the weights and every slot's keys, values and logits at 30-60 % of the published bandwidth (or "
+        f"multiplies at half the published rate, if that takes longer), plus {LAUNCH.low * 1e3:g}-{LAUNCH.high * 1e3:g} ms a layer. Hours = steps x tokens / slots.",
+        "- Memory in training: weights at 2 bytes (0.52 in 4 bits), 16 bytes for each learned parameter (fp32 with gradient and Adam), "
+        f"activations for the rows at once (the longest example {LONGEST} times the mean, at most max_length), {LOSS_SLICE:,} positions of "
+        "logits at 12 bytes, 1.5 GiB for CUDA. In sampling: weights, and for each slot 2 x layers x key width x 2 bytes a token.",
+        f"- Cards: {', '.join(f'{card.name} {card.flops / 1e12:.0f} Tflop/s, {card.bandwidth / 1e12:g} TB/s' for card in CARDS)}.",
+    ]

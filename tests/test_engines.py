@@ -1,0 +1,458 @@
+"""Engines: requests in, completions out; the same chains whatever shares the batch, and the sampler itself."""
+
+import math
+import random
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from cotvalve import Valve
+from cotvalve.direction import Card, Direction
+from cotvalve.engines import Engine, pick
+from cotvalve.engines.generate import GenerateEngine
+from cotvalve.engines.sampling import BLOCK, Codec, invert, sample, uniforms
+from cotvalve.engines.transformers import TransformersEngine, unsupported
+from cotvalve.errors import EngineError, SettingError
+from cotvalve.taskvector import TaskVector
+from cotvalve.types import Completion, Request
+from tests import models
+
+ENGINES = {"transformers": TransformersEngine, "generate": GenerateEngine}
+CONTEXT = 512
+"""Of the tiny random models."""
+
+LONG = Request("long", "the long one", 0.6, 120, 0.9, 0.9, 77)
+"""A chain that goes on for more than 60 tokens on the tiny model."""
+
+engines = pytest.mark.parametrize("name", ENGINES)
+
+
+def direction() -> Direction:
+    wrapped = models.lora(models.llama(), by=0.15)
+    factors = {name.replace(".default", ""): weight for name, weight in wrapped.named_parameters() if "lora_" in name}
+    return Direction.from_peft(wrapped.peft_config["default"], factors, Card("base"))
+
+
+@cache
+def valve() -> Valve:
+    return Valve(models.llama(), models.tokenizer(["</think>"]), direction())
+
+
+def engine(name: str, batch: int | None = None, on: Valve | None = None) -> Engine:
+    return ENGINES[name](on or valve(), batch=batch)
+
+
+def run(of: Engine, requests: Sequence[Request]) -> dict[str, Completion]:
+    found = list(of.generate(requests))
+    assert len(found) == len(requests)
+    assert {c.id for c in found} == {r.id for r in requests}
+    return {c.id: c for c in found}
+
+
+def mixture(count: int = 14) -> list[Request]:
+    """Rows that differ in everything: alpha, prompt length (from one token), budget, greedy or sampled, seed."""
+    rng = random.Random(5)
+    return [
+        Request(
+            id=f"r{i}",
+            prompt="".join(rng.choices("abcdefgh 123", k=[1, 2, 40, 9, 130, 17][i % 6])),
+            alpha=[0.0, 0.5, 1.0, -0.5, 1.7][i % 5],
+            max_new_tokens=[1, 24, 5, 40][i % 4],
+            temperature=[0.0, 0.0, 0.8][i % 3],
+            top_p=[1.0, 0.9][i % 2],
+            seed=1000 + i,
+        )
+        for i in range(count)
+    ]
+
+
+@cache
+def alone() -> dict[str, Completion]:
+    """Each of the mixture in a batch of its own: what every batch has to reproduce."""
+    return {request.id: run(engine("transformers"), [request])[request.id] for request in mixture()}
+
+
+# What shares a batch does not matter
+
+
+@engines
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 14, 64])
+def test_a_batch_of_mixed_alphas_gives_the_chains_of_separate_runs(name: str, slots: int) -> None:
+    """Greedy and sampled rows, refill (slots < rows), compaction (the last rows), prompts of 1 to 130 tokens."""
+    assert run(engine(name, slots), mixture()) == alone()
+
+
+def test_the_separate_runs_are_worth_comparing() -> None:
+    chains = alone().values()
+    assert len({c.text for c in chains}) > 10
+    assert {c.finish for c in chains} == {"stop", "length"} or max(c.tokens for c in chains) == 40
+    moved = [Request("0", "2 + 2", alpha, 24) for alpha in (0.0, 1.0)]
+    assert len({run(engine("transformers"), [request])["0"].text for request in moved}) == 2
+
+
+@engines
+def test_the_order_of_requests_does_not_matter(name: str) -> None:
+    shuffled = mixture()
+    random.Random(1).shuffle(shuffled)
+    assert run(engine(name, 4), shuffled) == alone()
+
+
+def test_refill_begins_while_long_chains_are_still_running() -> None:
+    """A slot is refilled when its chain ends; the long chain does not hold the short ones up."""
+    requests = [LONG, *(Request(f"s{i}", "b", 1.0, 4) for i in range(10))]
+    found = list(engine("transformers", 2).generate(requests))
+    assert (found[-1].id, len(found)) == ("long", 11)
+    assert found[-1].tokens > 10 * 4
+
+
+def test_compaction_moves_rows_with_all_their_state() -> None:
+    """16 rows of which one goes on: the rows are halved again and again under it."""
+    rng = random.Random(7)
+    requests = [
+        Request(f"{i}", "".join(rng.choices("xyz01", k=5 + i)), 1.7 - i / 10, [6, 8, 12, 16][i % 4], 0.7 * (i % 2), 0.95, i)
+        for i in range(16)
+    ]
+    requests[11] = LONG
+    separate = {r.id: run(engine("transformers"), [r])[r.id] for r in requests}
+    assert separate["long"].tokens > 60
+    assert run(engine("transformers", 16), requests) == separate
+
+
+@engines
+def test_a_seed_decides_a_chain_and_nothing_else_does(name: str) -> None:
+    same = [Request(f"{i}", "tell me", 0.5, 20, 1.0, 0.95, seed=3) for i in range(3)]
+    other = [Request(f"{i}", "tell me", 0.5, 20, 1.0, 0.95, seed=i + 50) for i in range(3)]
+    torch.manual_seed(1)
+    first = run(engine(name), same)
+    torch.manual_seed(2)
+    np.random.seed(2)
+    state = torch.get_rng_state()
+    again = run(engine(name, 2), [*other, *(Request(f"again {r.id}", r.prompt, r.alpha, 20, 1.0, 0.95, 3) for r in same)][3:])
+    assert torch.equal(torch.get_rng_state(), state), "no global generator is used"
+    assert len({c.text for c in first.values()} | {c.text for c in again.values()}) == 1
+    assert len({c.text for c in run(engine(name), other).values()}) == 3
+
+
+def test_a_larger_budget_goes_on_with_the_same_chain() -> None:
+    short = run(engine("transformers"), [Request("0", "go", 0.5, 10, 1.0, 1.0, 9)])["0"]
+    long = run(engine("transformers"), [Request("0", "go", 0.5, 30, 1.0, 1.0, 9)])["0"]
+    assert long.text.startswith(short.text)
+    assert long.tokens > short.tokens == 10
+
+
+@engines
+def test_an_exact_task_vector_runs_one_alpha_after_the_other(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("pair")
+    base = models.llama()
+    ends = models.save(base, folder / "base"), models.save(models.moved(base), folder / "reasoner")
+    turned = Valve(base, models.tokenizer(), TaskVector.between(*ends))
+    before = {n: w.clone() for n, w in base.state_dict().items()}
+    requests = [Request(f"{i}", "abc" * (i + 1), [1.0, 0.0, 0.4][i % 3], 12) for i in range(7)]
+    separate = {r.id: run(engine(name, on=turned), [r])[r.id] for r in requests}
+    assert run(engine(name, 3, turned), requests) == separate
+    assert all(torch.equal(w, before[n]) for n, w in base.state_dict().items())
+    plain = Valve(models.llama(), models.tokenizer())
+    assert {c.text for c in run(engine(name, on=plain), requests[1:2]).values()} == {separate["1"].text}
+
+
+# Parity with transformers
+
+
+@pytest.mark.parametrize("make", models.MAKERS.values(), ids=models.MAKERS)
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+def test_greedy_is_model_generate(make: object, alpha: float) -> None:
+    turned = Valve(make(), models.tokenizer(), direction())  # pyright: ignore[reportCallIssue]
+    prompts = ["a", "what is 2 + 2?", "x" * 90]
+    found = run(engine("transformers", on=turned), [Request(p, p, alpha, 40) for p in prompts])
+    for prompt in prompts:
+        ids = turned.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with turned.at(alpha) as model, torch.inference_mode():
+            out = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=256)[0, ids.shape[1] :].tolist()
+        stopped = out[-1] == 258
+        assert found[prompt].tokens == len(out)
+        assert found[prompt].finish == ("stop" if stopped else "length")
+        assert found[prompt].text == turned.tokenizer.decode(out[:-1] if stopped else out)
+
+
+@engines
+def test_nothing_of_the_checkpoint_s_own_sampling_is_mixed_in(name: str) -> None:
+    """Qwen2.5's generation_config has a repetition penalty, top_k and a temperature: a request says how it is sampled."""
+    strange = Valve(models.llama(), models.tokenizer(["</think>"]), direction())
+    own = strange.model.generation_config
+    own.do_sample, own.temperature, own.top_k, own.top_p, own.repetition_penalty = True, 0.3, 2, 0.5, 5.0
+    own.no_repeat_ngram_size, own.min_new_tokens, own.max_length = 2, 30, 37
+    requests = [r for r in mixture() if len(r.prompt) < 100]
+    assert run(engine(name, 4, strange), requests) == {r.id: alone()[r.id] for r in requests}
+
+
+def test_auto_takes_the_fast_engine_where_it_can() -> None:
+    assert pick("auto", valve()).name == "transformers"
+    assert pick("generate", valve()).name == "generate"
+    shape = {
+        "vocab_size": models.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "eos_token_id": 258, "pad_token_id": 256,
+    }  # fmt: skip
+    gemma = Gemma2ForCausalLM(Gemma2Config(sliding_window=16, **shape))
+    mistral = MistralForCausalLM(MistralConfig(sliding_window=16, **shape))
+    for model, says in ((gemma, "other than full attention"), (mistral, "sliding-window")):
+        assert says in unsupported(model)
+        windowed = Valve(model.eval(), models.tokenizer())
+        assert pick("auto", windowed).name == "generate"
+        with pytest.raises(EngineError, match=f"{type(model).__name__}.*{says}.*generate"):
+            pick("transformers", windowed)
+        requests = [Request(f"{i}", "abcdefghij" * (i + 1), 0.0, 24) for i in range(4)]
+        separate = {r.id: run(pick("auto", windowed), [r])[r.id] for r in requests}
+        assert run(pick("auto", windowed, 3), requests) == separate
+    assert not unsupported(MistralForCausalLM(MistralConfig(sliding_window=None, **shape)))
+    with pytest.raises(SettingError, match="did you mean 'transformers'"):
+        pick("transformer", valve())
+
+
+def test_the_model_s_own_attention_is_put_back() -> None:
+    before = valve().model.config._attn_implementation
+    run(engine("transformers"), mixture(3))
+    assert valve().model.config._attn_implementation == before
+    chains = engine("transformers", 1).generate(mixture(3))
+    next(chains)
+    chains.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert valve().model.config._attn_implementation == before
+
+
+# What is counted
+
+
+@engines
+def test_tokens_are_counted_from_ids(name: str) -> None:
+    """Not from words or from encoding the text again: "aa" that was generated as two ids is two tokens."""
+    seen: dict[str, list[int]] = {}
+
+    class Watched(Codec):
+        def completion(self, encoded, ids):
+            seen[encoded.request.id] = list(ids)
+            return super().completion(encoded, ids)
+
+    of = engine(name, 5)
+    of._codec = Watched(valve().model, valve().tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
+    found = run(of, mixture())
+    for request in mixture():
+        chain, ids = found[request.id], seen[request.id]
+        assert chain.tokens == len(ids) <= request.max_new_tokens
+        assert chain.prompt_tokens == len(request.prompt)  # one token a byte
+        if chain.finish == "stop":
+            assert ids[-1] == 258
+            assert 258 not in ids[:-1]
+        else:
+            assert 258 not in ids
+            assert chain.truncated
+            assert len(ids) == request.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids", "finish", "reasoning", "answer"),
+    [
+        ("q", [259, 97, 98, 260, 99, 258], "stop", 4, 2),
+        ("q<think>\n", [97, 98, 260, 99, 100, 258], "stop", 3, 3),
+        ("q", [259, 97, 98, 99], "length", 4, 0),
+        ("q<think>\n", [97, 98], "length", 2, 0),
+        ("q", [97, 98, 258], "stop", 0, 3),
+        ("q", [97], "length", 0, 1),
+        ("q", [259, 97, 260, 98, 260, 99], "length", 3, 3),
+    ],
+)
+def test_reasoning_and_answer_tokens_are_counted_apart(
+    prompt: str, ids: list[int], finish: str, reasoning: int, answer: int
+) -> None:
+    """259 opens the thinking block, 260 closes it, 258 ends the turn."""
+    codec = Codec(valve().model, valve().tokenizer)
+    (encoded,), _ = codec.encode([Request("0", prompt, 0.0, 10)])
+    made = codec.completion(encoded, ids)
+    assert (made.finish, made.reasoning_tokens, made.answer_tokens) == (finish, reasoning, answer)
+    assert made.tokens == len(ids) == made.reasoning_tokens + made.answer_tokens
+    assert made.truncated == (finish == "length")
+
+
+@pytest.fixture(scope="module")
+def reasoner() -> Valve:
+    return Valve.load("tiny-reasoner", device="cpu")
+
+
+@engines
+def test_a_thinking_model_is_counted_apart(reasoner: Valve, name: str) -> None:
+    from cotvalve.problems import load
+    from cotvalve.prompts import prompt, render
+
+    problem = min(load("arithmetic", split="validation", limit=40), key=lambda p: len(p.solution or ""))
+    text = render(reasoner.tokenizer, problem.question, prompt("boxed"))
+    whole, cut = (run(engine(name, on=reasoner), [Request("0", text, 0.0, n)])["0"] for n in (700, 60))
+    assert whole.finish == "stop"
+    assert whole.text.startswith("<think>")
+    thought, _, said = whole.text.partition("</think>")
+    ids = [len(reasoner.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (thought + "</think>", said)]
+    # this tokenizer never joins across the mark, so that encoding the text again gives the ids that were generated
+    assert [whole.reasoning_tokens, whole.answer_tokens] == [ids[0], ids[1] + 1]
+    assert whole.answer_tokens > 5
+    assert (cut.finish, cut.tokens, cut.reasoning_tokens, cut.answer_tokens) == ("length", 60, 60, 0)
+    assert whole.text.startswith(cut.text)
+
+
+# Rows that cannot run, ends of ranges
+
+
+@engines
+def test_what_does_not_fit_the_context_is_a_row_with_a_reason(name: str) -> None:
+    room = 3
+    requests = [
+        Request("long", "x" * (CONTEXT + 1), 0.5, 10),
+        Request("full", "x" * CONTEXT, 0.5, 10),
+        Request("tight", "x" * (CONTEXT - room), 0.0, 10),
+        Request("empty", "", 1.0, 10),
+        Request("good", "x", 0.0, 10),
+    ]
+    found = run(engine(name), requests)
+    for identity in ("long", "full", "empty"):
+        chain = found[identity]
+        assert (chain.finish, chain.text, chain.tokens) == ("error", "", 0)
+        assert not chain.truncated
+    assert str(CONTEXT + 1) in found["long"].reason
+    assert str(CONTEXT) in found["long"].reason
+    assert "empty" in found["empty"].reason
+    assert found["tight"].tokens <= room
+    assert found["good"].reason == ""
+    assert found["good"].tokens > 0
+    assert found["long"].alpha == 0.5
+
+
+@engines
+def test_no_requests(name: str) -> None:
+    assert run(engine(name), []) == {}
+    assert all(c.finish == "error" for c in run(engine(name), [Request("0", "", 0.0, 4)]).values())
+
+
+@engines
+def test_progress_counts_every_request(name: str) -> None:
+    seen: list[tuple[int, int]] = []
+    requests = [*mixture(), Request("refused", "", 0.0, 4)]
+    list(engine(name, 4).generate(requests, lambda _task, done, total, _note="": seen.append((done, total))))
+    assert seen[-1] == (15, 15)
+    assert all(a <= b for a, b in pairwise(seen))
+
+
+def test_running_out_of_memory_halves_the_slots_and_loses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's own error, raised at the boundary: above 3 rows the model 'does not fit'."""
+    turned = Valve(models.llama(), models.tokenizer(["</think>"]), direction())
+    forward = turned.model.forward
+
+    def small(*args: object, **kwargs: object) -> object:
+        if kwargs["input_ids"].shape[0] > 3:  # pyright: ignore[reportAttributeAccessIssue]
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(turned.model, "forward", small)
+    assert run(engine("transformers", 14, turned), mixture()) == alone()
+    monkeypatch.setattr(turned.model, "forward", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(EngineError, match="single chain"):
+        run(engine("transformers", 4, turned), mixture())
+
+
+# The sampler
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Pearson's statistic in standard deviations from its mean (rarely above 3 when the draws are right)."""
+    freedom = len(counts) - 1
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("size", [7, BLOCK, 3 * BLOCK + 11])
+def test_invert_draws_each_index_as_often_as_its_weight_says(size: int) -> None:
+    draws = 400 * size if size < 100 else 200_000
+    generator = torch.Generator().manual_seed(11)
+    weights = torch.rand(size, generator=generator) ** 2 + 0.05
+    weights[3] = 0.0
+    uniform = torch.from_numpy(np.random.Generator(np.random.Philox(4)).random(draws, dtype=np.float32))
+    drawn = torch.cat([invert(weights.expand(len(part), -1), part) for part in uniform.split(2000)])
+    counts = np.bincount(drawn.numpy(), minlength=size)
+    assert counts[3] == 0
+    kept = np.arange(size) != 3
+    exact = weights.double().numpy() / float(weights.double().sum()) * draws
+    assert abs(chi_square(counts[kept], exact[kept])) < 4
+    shifted = np.roll(exact[kept], 1)
+    assert chi_square(counts[kept], shifted) > 20, "the test would see an index that is off by one"
+
+
+def test_invert_is_exact_at_the_ends_and_the_seams() -> None:
+    """Weights of 1/4: every boundary is a number that fp32 holds, inside a block and between two blocks."""
+    weights = torch.zeros(1, 2 * BLOCK)
+    places = [5, BLOCK - 1, BLOCK, 2 * BLOCK - 1]
+    weights[0, places] = 0.25
+    below = float(np.nextafter(np.float32(1), np.float32(0)))
+    at = torch.tensor([0.0, 0.2499, 0.25, 0.4999, 0.5, 0.7499, 0.75, below])
+    drawn = invert(weights.expand(len(at), -1), at)
+    assert drawn.tolist() == [places[i] for i in (0, 0, 1, 1, 2, 2, 3, 3)]
+
+
+def test_invert_never_draws_a_weight_of_zero() -> None:
+    """Rounding of a running sum over a large vocabulary must not run over its last weight."""
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(64, 150_000, generator=generator)
+    weights[:, 100_000:] = 0
+    weights[:, ::3] = 0
+    uniform = torch.rand(64, generator=generator)
+    uniform[:8] = float(np.nextafter(np.float32(1), np.float32(0)))
+    uniform[8:16] = 0
+    drawn = invert(weights, uniform)
+    assert bool((weights.gather(1, drawn[:, None]) > 0).all())
+
+
+def draw(logits: Tensor, temperature: float, top_p: float | None, count: int = 60_000) -> np.ndarray:
+    uniform = torch.from_numpy(np.random.Generator(np.random.Philox(8)).random(count, dtype=np.float32))
+    rows = logits.expand(count, -1)
+    tokens = sample(rows, uniform, torch.full((count,), temperature), None if top_p is None else torch.full((count,), top_p))
+    return np.bincount(tokens.numpy(), minlength=logits.numel())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_is_the_softmax_s(temperature: float) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, 0.3])
+    exact = torch.softmax(logits.double() / temperature, -1).numpy() * 60_000
+    assert abs(chi_square(draw(logits, temperature, None), exact)) < 4
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.95, 4), (0.9, 3), (0.6, 2), (0.5, 1), (0.01, 1), (0.0, 1)])
+def test_top_p_keeps_the_fewest_tokens_with_that_mass(top_p: float, kept: int) -> None:
+    """Probabilities .5 .3 .1 .1 (the second stands first): a token stays while the mass before it is below top_p.
+
+    top_p 0 keeps the likeliest token; it used to keep none, and a token of weight 0 was drawn.
+    """
+    probabilities = torch.tensor([0.3, 0.5, 0.1001, 0.0999])
+    counts = draw(probabilities.log(), 1.0, top_p)
+    order = [1, 0, 2, 3]
+    exact = probabilities.double().numpy()[order[:kept]]
+    exact = exact / exact.sum() * 60_000
+    assert counts[order[kept:]].sum() == 0
+    if kept > 1:
+        assert abs(chi_square(counts[order[:kept]], exact)) < 4
+
+
+def test_greedy_and_sampled_rows_share_a_batch() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.9], [0.0, 3.0, 2.9], [5.0, 0.0, 0.0]])
+    tokens = sample(logits, torch.tensor([0.99, 0.99, 0.0]), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.1, 1.0, 1.0]))
+    assert tokens.tolist() == [1, 2, 0]
+
+
+def test_a_request_s_numbers_are_its_seed_s() -> None:
+    one, two = Request("a", "x", 0.0, 8, 1.0, seed=1), Request("b", "y", 1.0, 20, 0.5, seed=1)
+    assert np.array_equal(uniforms(one), uniforms(two)[:8]), "a prefix: a longer budget goes on with the same numbers"
+    assert not np.array_equal(uniforms(one), uniforms(Request("a", "x", 0.0, 8, 1.0, seed=2)))
+    assert uniforms(one).dtype == np.float32
+    many = uniforms(Request("a", "x", 0.0, 100_000, 1.0, seed=2**63 - 1))
+    assert float(many.min()) >= 0
+    assert float(many.max()) < 1
+    assert abs(float(many.mean()) - 0.5) < 0.005

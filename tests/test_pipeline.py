@@ -1,0 +1,172 @@
+"""Recipes are read and refused before anything runs; steps run once."""
+
+from pathlib import Path
+
+import pytest
+
+from cotvalve import pipeline
+from cotvalve.errors import DataError, SettingError
+from cotvalve.mixchain import MixSettings
+from cotvalve.records import read_json
+from cotvalve.sweep import SweepSettings
+from cotvalve.train import TrainSettings
+from cotvalve.verbs import ExtractSettings
+from tests import models
+
+GOOD = """
+name: mine
+about: a test
+common: {model: some/model, data: gsm8k, rank: 4, seed: 3}
+steps:
+  valve: {verb: train, learning_rate: 1e-5, epochs: 2}
+  mix: {verb: mix, direction: $valve, alphas: "0, .5, 1"}
+  mix-z: {verb: mix, model: other/model, alphas: [0, 1]}
+  plus: {verb: train, recipe: plus, data: $mix}
+  plus-z: {verb: train, recipe: plus, data: $mix-z}
+  sweep: {verb: sweep, direction: "A=$valve,B=$plus-z/checkpoint"}
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def read(folder: Path, text: str = GOOD, **changed: str) -> dict[str, object]:
+    return {step.name: step.settings for step in pipeline.read(write(folder, text), **changed).steps}
+
+
+def refused(folder: Path, text: str, kind: type[Exception] = SettingError) -> str:
+    with pytest.raises(kind) as error:
+        pipeline.read(write(folder, text))
+    said = str(error.value)
+    assert said.startswith(str(folder / "recipe.yaml"))
+    assert "\n" not in said
+    return said.removeprefix(f"{folder / 'recipe.yaml'}: ")
+
+
+def test_common_fields_reach_the_steps_that_have_them_and_a_step_s_own_win(tmp_path: Path) -> None:
+    steps = read(tmp_path)
+    valve, mix, other = steps["valve"], steps["mix"], steps["mix-z"]
+    assert isinstance(valve, TrainSettings)
+    assert isinstance(mix, MixSettings)
+    assert isinstance(other, MixSettings)
+    assert (valve.model, valve.data, valve.rank, valve.seed, valve.epochs) == ("some/model", "gsm8k", 4, 3, 2)
+    assert (mix.model, mix.data, mix.seed) == ("some/model", "gsm8k", 3)
+    assert other.model == "other/model"
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    """PyYAML reads 1e-5 (without a dot) as text; a recipe must not care."""
+    steps = read(tmp_path)
+    valve, mix = steps["valve"], steps["mix"]
+    assert isinstance(valve, TrainSettings)
+    assert isinstance(mix, MixSettings)
+    assert valve.learning_rate == 1e-5
+    assert mix.alphas == (0.0, 0.5, 1.0)
+
+
+def test_references_become_folders_by_their_whole_name(tmp_path: Path) -> None:
+    """`$mix-z` starts with `$mix`; reading only the start would give `.../mix-z` by luck and `.../plus` by mistake."""
+    steps = read(tmp_path, out="runs/here")
+    plus, plus_z, sweep = steps["plus"], steps["plus-z"], steps["sweep"]
+    assert isinstance(plus, TrainSettings)
+    assert isinstance(plus_z, TrainSettings)
+    assert isinstance(sweep, SweepSettings)
+    assert (plus.data, plus_z.data) == ("runs/here/mix", "runs/here/mix-z")
+    assert sweep.direction == "A=runs/here/valve,B=runs/here/plus-z/checkpoint"
+    assert sweep.out == "runs/here/sweep"
+
+
+def test_arguments_replace_the_recipe_s_own(tmp_path: Path) -> None:
+    assert pipeline.read(write(tmp_path, GOOD)).out == Path("runs/mine")
+    steps = read(tmp_path, model="third/model", data_dir="sets", out="elsewhere")
+    valve, other = steps["valve"], steps["mix-z"]
+    assert isinstance(valve, TrainSettings)
+    assert isinstance(other, MixSettings)
+    assert (valve.model, valve.data_dir, valve.out) == ("third/model", "sets", "elsewhere/valve")
+    assert other.model == "other/model"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("about:", "abuot:", "unknown field 'abuot': did you mean 'about'? Known: about, common, name, out, sizes, steps"),
+        ("verb: sweep", "verb: swep", "step 'sweep': unknown verb 'swep': did you mean 'sweep'?"),
+        ("epochs: 2", "epoch: 2", "step 'valve': unknown setting 'epoch': did you mean 'epochs'?"),
+        ("rank: 4", "rnak: 4", "common: unknown setting 'rnak': did you mean 'rank'?"),
+        ("data: $mix}", "data: $mixx}", "step 'plus': unknown step 'mixx': did you mean 'mix'? Known: mix, mix-z, valve"),
+        ("direction: $valve", "direction: $plus", "step 'mix': unknown step 'plus': Known: valve"),
+        ("direction: $valve", "direction: $mix", "step 'mix': unknown step 'mix': Known: valve"),
+        ("direction: $valve", "direction: $", "step 'mix': unknown step '': Known: valve"),
+        ("epochs: 2", "epochs: many", "step 'valve': setting 'epochs': Input should be a valid number"),
+        ("epochs: 2", "epochs: 0", "step 'valve': rank, batch and epochs have to be positive"),
+        ('"0, .5, 1"', '"0, nan"', "step 'mix': setting 'alphas': 'nan' is not a finite number"),
+        ("valve: {verb: train, ", "valve: {", "step 'valve': has no verb; expected verb: "),
+        ("valve: {verb: train, learning_rate: 1e-5, epochs: 2}", "valve: 3", "step 'valve': has no verb"),
+        ("verb: sweep", "verb: [sweep]", "step 'sweep': unknown verb '['sweep']': did you mean 'sweep'?"),
+    ],
+)
+def test_what_is_refused_and_how(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert GOOD.count(old) == 1
+    assert refused(tmp_path, GOOD.replace(old, new)).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "a recipe needs `steps:`"),
+        ("- 1", "a recipe needs `steps:`"),
+        ("steps: []", "a recipe needs `steps:`"),
+        ("steps: {}", "a recipe needs `steps:`"),
+        ("common: 3\nsteps: {a: {verb: mix}}", "`common:` is int, expected names with values"),
+        ("sizes: [1]\nsteps: {a: {verb: mix}}", "`sizes:` is list, expected names with values"),
+        ("steps: {a: {verb: mix}", "not readable as YAML ("),
+    ],
+)
+def test_what_is_no_recipe(tmp_path: Path, text: str, says: str) -> None:
+    assert refused(tmp_path, text, DataError).startswith(says)
+
+
+def test_recipes_are_found_by_name_and_the_nearest_one_is_offered() -> None:
+    assert pipeline.read("tiny").name == "tiny"
+    assert pipeline.read("recipes/tiny.yaml").name == "tiny"
+    assert pipeline.recipe_path("qwq-32b-preview").name == "qwq-32b-preview.yaml"
+    with pytest.raises(SettingError, match=r"unknown recipe 'qwq-32b': did you mean 'qwq-32b-preview'\?"):
+        pipeline.read("qwq-32b")
+    with pytest.raises(SettingError, match=r"unknown recipe 'nowhere/tiny\.yaml'"):
+        pipeline.read("nowhere/tiny.yaml")
+
+
+def test_a_finished_step_is_passed_over_and_another_run_s_folder_is_refused(tmp_path: Path) -> None:
+    base = models.qwen2()
+    models.save(base, tmp_path / "base")
+    models.save(models.moved(base), tmp_path / "reasoner")
+    text = f"""
+common: {{base: {tmp_path}/base, reasoner: {tmp_path}/reasoner}}
+steps:
+  exact: {{verb: extract}}
+  low: {{verb: extract, rank: 4}}
+"""
+    recipe = pipeline.read(write(tmp_path, text), out=str(tmp_path / "out"))
+    assert all(isinstance(step.settings, ExtractSettings) for step in recipe.steps)
+    told: list[str] = []
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        assert 0 <= done <= total, note
+        told.append(task)
+
+    ran = dict(pipeline.run(recipe, progress))
+    assert ran == {name: tmp_path / "out" / name for name in ("exact", "low")}
+    assert set(told) == {"low: extract"}
+    assert read_json(ran["low"] / "extraction.json")["rank"] == 4
+
+    told.clear()
+    assert dict(pipeline.run(recipe, progress)) == ran
+    assert told == []
+    # Another rank into the same folder would mix two runs: refused, nothing is overwritten.
+    changed = pipeline.read(write(tmp_path, text.replace("rank: 4", "rank: 2")), out=str(tmp_path / "out"))
+    with pytest.raises(DataError, match="not empty"):
+        dict(pipeline.run(changed))
+    assert read_json(ran["low"] / "extraction.json")["rank"] == 4

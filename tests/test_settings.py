@@ -1,0 +1,211 @@
+"""Settings: typed, frozen, an unknown field named with its nearest; the same at the command line, in one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from pydantic import ValidationError
+
+from cotvalve.errors import CotvalveError, SettingError, unknown
+from cotvalve.mixchain import MixSettings, Sampling
+from cotvalve.pipeline import VERBS
+from cotvalve.settings import Alphas, ModelSettings, Settings
+from cotvalve.sweep import SweepSettings
+from cotvalve.train import FitSettings, TrainSettings
+
+CLASSES = [verb.settings() for verb in VERBS.values()]
+
+
+class Sample(Settings):
+    """For these tests."""
+
+    alphas: Alphas = (0.0, 1.0)
+    """Positions."""
+    limit: int | None = None
+    """A number."""
+    out: str = "runs/sample"
+    """A folder."""
+
+    def model_post_init(self, context: object, /) -> None:  # noqa: ARG002
+        if self.limit == 13:
+            raise ValueError("limit cannot be 13")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("0,0.5,1", (0.0, 0.5, 1.0)),
+        ("0 0.5  1", (0.0, 0.5, 1.0)),
+        ("-1, 2.5", (-1.0, 2.5)),
+        ([0, "0.5", 1], (0.0, 0.5, 1.0)),
+        (0.3, (0.3,)),
+        (1, (1.0,)),
+        ("1e-1", (0.1,)),
+    ],
+)
+def test_alphas_in_any_spelling(given: object, expected: tuple[float, ...]) -> None:
+    assert Sample(alphas=given).alphas == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("0,half,1", "'half' is not a number; write alphas like 0,0.25,0.5,1"),
+        ("0,nan", "'nan' is not a finite number"),
+        ("inf", "'inf' is not a finite number"),
+        ([0.5, None], "'None' is not a number"),
+        ("", "no alpha was given"),
+        (" , ", "no alpha was given"),
+        ([], "no alpha was given"),
+    ],
+)
+def test_an_alpha_that_is_not_a_number(given: object, says: str) -> None:
+    with pytest.raises(SettingError, match=says) as failed:
+        Sample(alphas=given)
+    assert str(failed.value).startswith("setting 'alphas': ")
+
+
+def test_an_unknown_field_is_an_error_that_names_the_nearest() -> None:
+    with pytest.raises(SettingError, match=r"unknown setting 'limitt': did you mean 'limit'\? Known: alphas, limit, out"):
+        Sample(limitt=3)
+    with pytest.raises(SettingError, match="did you mean 'learning_rate'"):
+        TrainSettings.read({"learning-rat": 1e-4})
+    with pytest.raises(SettingError, match="unknown setting 'zzz': Known"):
+        Sample(zzz=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"limit": "many"}, r"setting 'limit': .*integer.*given: 'many'"),
+        ({"limit": 1.5}, r"setting 'limit': .*integer.*1\.5"),
+        ({"out": None}, r"setting 'out': .*string"),
+        ({"limit": 13}, "limit cannot be 13"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line_with_the_value(values: dict[str, object], says: str) -> None:
+    with pytest.raises(SettingError, match=says) as failed:
+        Sample(**values)
+    assert "\n" not in str(failed.value)
+
+
+def test_settings_are_frozen_and_changed_by_copy() -> None:
+    one = Sample(limit=3)
+    with pytest.raises(ValidationError, match="frozen"):
+        one.limit = 4  # pyright: ignore[reportAttributeAccessIssue]
+    other = one.but(alphas="0.5")
+    assert (other.limit, other.alphas, one.alphas) == (3, (0.5,), (0.0, 1.0))
+    with pytest.raises(SettingError, match="cannot be 13"):
+        one.but(limit=13)
+    with pytest.raises(SettingError, match="did you mean 'limit'"):
+        one.but(limti=3)
+
+
+def test_dashes_are_taken_for_underscores() -> None:
+    assert MixSettings.read({"max-new-tokens": 5, "top_p": 0.5}).max_new_tokens == 5
+
+
+def test_text_from_a_shell_is_read_as_its_type() -> None:
+    made = TrainSettings.read({"learning-rate": "1e-3", "rank": "8", "dora": "true", "limit": "100", "modules": "q_proj"})
+    assert (made.learning_rate, made.rank, made.dora, made.limit, made.modules) == (1e-3, 8, True, 100, "q_proj")
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_says_what_it_is(cls: type[Settings]) -> None:
+    """The string under a field is its help at the command line."""
+    silent = [name for name, info in cls.model_fields.items() if not (info.description or "").strip()]
+    assert silent == []
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_defaults_are_valid(cls: type[Settings]) -> None:
+    needed = {name: "x" for name, info in cls.model_fields.items() if info.is_required()}
+    made = cls(**needed)
+    assert cls.read(made.model_dump(mode="json")) == made, "a run folder's settings can be read again"
+
+
+def test_flags_mean_the_same_everywhere() -> None:
+    """--model --direction --data --data-dir --alphas --engine --out --seed: one type each, in every verb that has them."""
+    for name in ("model", "data", "data_dir", "alphas", "engine", "out", "seed", "limit", "dtype", "device"):
+        types = {str(get_type_hints(cls, include_extras=True)[name]) for cls in CLASSES if name in cls.model_fields}
+        assert len(types) == 1, (name, types)
+    assert issubclass(MixSettings, Sampling)
+    assert issubclass(SweepSettings, ModelSettings)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "says"),
+    [
+        (MixSettings, {"samples": 0}, "1 or more"),
+        (MixSettings, {"samples": 2, "temperature": 0}, "give a temperature"),
+        (SweepSettings, {"max_new_tokens": 0}, "1 or more"),
+        (SweepSettings, {"temperature": -1}, "temperature"),
+        (SweepSettings, {"top_p": 1.5}, "top_p"),
+        (SweepSettings, {"top_p": -0.1}, "top_p"),
+        (FitSettings, {"rank": 0}, "positive"),
+        (FitSettings, {"batch": 0}, "positive"),
+        (FitSettings, {"epochs": 0}, "positive"),
+        (FitSettings, {"dora": True, "full": True}, "exclude each other"),
+        (FitSettings, {"schedule": "cosin"}, "cosine"),
+        (TrainSettings, {"recipe": "pluss"}, "'plus'"),
+        (TrainSettings, {"toward": "shortr"}, "'shorter'"),
+    ],
+)
+def test_values_that_make_no_sense(cls: type[Settings], values: dict[str, object], says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        cls(**values)
+
+
+def test_unknown_lists_what_is_known_and_offers_only_what_is_near() -> None:
+    assert unknown("data set", "gsm8", ["gsm8k", "math500"]).startswith("unknown data set 'gsm8': did you mean 'gsm8k'?")
+    assert "did you mean" not in unknown("data set", "qqqq", ["gsm8k", "math500"])
+
+
+# The same, at the command line: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["mix", "--alphas", "0,half"], "setting 'alphas': 'half' is not a number"),
+        (["mix", "--data", "gsm8"], "unknown data set 'gsm8': did you mean 'gsm8k'?"),
+        (["mix", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["mix", "--data", "arithmetic", "--limit", "0"], "limit must be 1 or more"),
+        (["mix", "--data", "arithmetic", "--prompt", "boxd"], "unknown prompt 'boxd': did you mean 'boxed'?"),
+        (["mix", "--data", "arithmetic", "--engine", "vlm"], "unknown engine 'vlm'"),
+        (["mix", "--data", "arithmetic", "--model", "tiny-reasonr"], "'tiny-reasonr'"),
+        (["sweep", "--data", "arithmetic", "--split", "tset"], "unknown split of arithmetic 'tset': did you mean 'test'?"),
+        (["sweep", "--data", "arithmetic", "--direction", "nowhere"], "'nowhere': no such folder"),
+        (["sweep", "--data", "arithmetic", "--budgets", "50,few", "--baselines", "budget"], "'few' is not a whole number"),
+        (["train", "pluss"], "setting 'recipe'"),
+        (["train", "plus", "--data", "arithmetic"], "recipe 'plus' needs several chains per question"),
+        (["train", "valve", "--rank", "many"], "setting 'rank'"),
+        (["mix", "--alpha", "0"], "--alpha"),
+        (["swep"], "did you mean 'sweep'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, command: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, said = command(*arguments)
+    line = [part for part in said.splitlines() if part.startswith("cotvalve: ")]
+    assert (code, len(line)) == (2, 1), said
+    assert says in line[0]
+    assert said.splitlines()[-1] == line[0]
+    assert "Traceback" not in said
+
+
+def test_a_bug_keeps_its_traceback(command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the four errors are the user's."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("cotvalve.mixchain.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        command("mix")
+    assert not issubclass(ZeroDivisionError, CotvalveError)
