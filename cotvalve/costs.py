@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cotvalve.errors import SettingError, unknown
+from cotvalve.learner import LOSS_SLICE
 from cotvalve.mixchain import Sampling
 from cotvalve.records import read_json
 from cotvalve.settings import ModelSettings
-from cotvalve.train import LOSS_SLICE, TOKENS_AT_ONCE, TrainSettings
+from cotvalve.train import TOKENS_AT_ONCE, TrainSettings
 
 GIB = 2**30
 

@@ -4,33 +4,30 @@ Comes in: a base model, stages of examples (recipes.py). Goes out: a direction's
 loss is the cross-entropy of the chain's own tokens, prompt excluded, averaged over all of them in a step;
 each row of a batch goes through theta + alpha * delta with its own alpha (eq. 2 and 3). Training runs on
 `transformers.Trainer`: gradient accumulation, checkpoints, and a killed run that goes on to the same weights.
-
-Rows are padded on the right and carry no attention mask (causal attention never looks right, and the fused
-kernels need no mask), or packed into one row with restarting positions.
+Batches are made in batches.py, the loss and the Trainer are in learner.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch import nn
+from transformers import TrainingArguments
 
-from cotvalve.direction import CARD, Card
+from cotvalve.batches import IGNORED, encode, pack
+from cotvalve.direction import Card
 from cotvalve.errors import DataError, SettingError
+from cotvalve.learner import SkipBadSteps, ValveTrainer, save_learned
 from cotvalve.problems import fingerprint, training
-from cotvalve.prompts import prompt, render, target, thinks
+from cotvalve.prompts import thinks
 from cotvalve.records import Json, Run, disk, read_json, write_json
 from cotvalve.settings import ModelSettings, Settings
 from cotvalve.taskvector import TaskVector
@@ -38,13 +35,7 @@ from cotvalve.types import Progress, Toward, silent
 from cotvalve.valve import Valve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from cotvalve.recipes import Stage
-
-IGNORED = -100
-LOSS_SLICE = 2048
-"""Completion tokens whose logits exist at a time: 2,048 x 152k x 4 bytes = 1.2 GB."""
 
 TOKENS_AT_ONCE = 16384
 """Tokens of one forward pass on a GPU when micro_batch is not given."""
@@ -134,191 +125,6 @@ def _suffixes(names: Sequence[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def encode(stage: Stage, tokenizer: PreTrainedTokenizerBase, ask: str, max_length: int) -> tuple[list[Json], int]:
-    """Examples as token ids: input_ids, labels (prompt positions are -100), alpha; and how many were too long."""
-    how = prompt(ask)
-    rows: list[Json] = []
-    too_long = 0
-    for example in stage.examples:
-        before = render(tokenizer, example.problem.question, how)
-        start = tokenizer(before, add_special_tokens=False)["input_ids"]
-        end = tokenizer(target(tokenizer, before, example.chain.text), add_special_tokens=False)["input_ids"]
-        if len(start) + len(end) > max_length:
-            too_long += 1
-            continue
-        rows.append({"input_ids": start + end, "labels": [IGNORED] * len(start) + end, "alpha": example.alpha})
-    if not rows:
-        raise DataError(f"stage '{stage.name}': 0 of {len(stage.examples)} examples fit {max_length} tokens; raise max_length")
-    return rows, too_long
-
-
-def pack(rows: Sequence[Json], length: int) -> list[Json]:
-    """Rows of up to `length` tokens, first fit by falling length; positions restart, alpha becomes per token."""
-    bins: list[list[Json]] = []
-    room: list[int] = []
-    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
-        size = len(row["input_ids"])
-        at = next((i for i, free in enumerate(room) if free >= size), None)
-        if at is None:
-            bins.append([row])
-            room.append(length - size)
-        else:
-            bins[at].append(row)
-            room[at] -= size
-    return [
-        {
-            "input_ids": [token for row in packed for token in row["input_ids"]],
-            "labels": [label for row in packed for label in row["labels"]],
-            "alpha": [row["alpha"] for row in packed for _ in row["input_ids"]],
-            "position_ids": [i for row in packed for i in range(len(row["input_ids"]))],
-        }
-        for packed in bins
-    ]
-
-
-def collate(rows: Sequence[Json]) -> dict[str, Tensor]:
-    """Pads on the right: input_ids and labels [B, T]; alpha [B], or [B, T] and position_ids for packed rows."""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(name: str, value: int | float) -> Tensor:
-        return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-
-    batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
-    if "position_ids" in rows[0]:
-        batch["position_ids"] = padded("position_ids", 0)
-        batch["alpha"] = padded("alpha", 0.0)
-    else:
-        batch["alpha"] = torch.tensor([row["alpha"] for row in rows])
-    return batch
-
-
-class Learner(nn.Module):
-    """The model as the Trainer sees it: token ids and alphas in, loss out."""
-
-    def __init__(self, valve: Valve) -> None:
-        super().__init__()
-        self.model = valve.model
-        config = valve.model.config
-        scaled = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-        self.plain_head = not any(getattr(config, name, None) for name in scaled)
-
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, divisor: Tensor | float, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """Summed cross-entropy of the labelled positions over `divisor`.
-
-        Logits are made for those positions alone and a slice at a time: 150k-word vocabularies would fill
-        the memory otherwise.
-        """
-        if not self.plain_head:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
-            return _cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()) / divisor
-        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-        learned = labels[:, 1:] != IGNORED
-        states, targets = hidden[:, :-1][learned], labels[:, 1:][learned]
-        head = self.model.get_output_embeddings()
-        total = states.new_zeros((), dtype=torch.float32)
-        for part, wanted in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
-            total = total + checkpoint(lambda s, t: _cross_entropy(head(s), t), part, wanted, use_reentrant=False)
-        return total / divisor
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-
-
-class _Order(LengthGroupedSampler):
-    """Rows of like length together, in an order that seed and epoch decide and nothing else.
-
-    The Trainer's own draws each epoch's order from the global generator: a run that was stopped in its second
-    epoch would go on with the order of the first.
-    """
-
-    def __init__(self, trainer: ValveTrainer) -> None:
-        step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-        super().__init__(step, lengths=[len(row["input_ids"]) for row in trainer.train_dataset])
-        self.trainer, self.steps = trainer, math.ceil(len(self.lengths) / step)
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = self.trainer.state.global_step // self.steps
-        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + (epoch << 32))
-        return super().__iter__()
-
-
-class ValveTrainer(Trainer):
-    """The Trainer with one alpha per row (or token) around every forward and backward pass."""
-
-    def __init__(self, valve: Valve, card: Card, skip: _SkipBadSteps, **kwargs: Any) -> None:
-        super().__init__(model=Learner(valve), data_collator=collate, callbacks=[skip], **kwargs)
-        skip.trainer = self
-        self.valve, self.card = valve, card
-        # compute_loss divides by the tokens of the whole step, so the Trainer must not divide again.
-        self.model_accepts_loss_kwargs = True
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> _Order:
-        return _Order(self)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        alpha = inputs.pop("alpha")
-        if self.valve.dial is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        # Around the backward pass too: gradient checkpointing runs the forward again inside it.
-        with self.valve.at(alpha.to(self.args.device)):
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        divisor = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != IGNORED).sum()
-        return model(**inputs, divisor=divisor)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or ".")
-        with disk(folder):
-            save_learned(self.valve, self.card, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.valve.adapted:
-            set_peft_model_state_dict(self.valve.peft_model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
-        else:
-            plain = type(self.valve.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-            self.valve.model.load_state_dict(plain.state_dict())
-
-
-def save_learned(valve: Valve, card: Card, folder: Path) -> None:
-    """What was learned, in PEFT's format; the whole checkpoint after full fine-tuning."""
-    if valve.rows:
-        valve.current(card).save(folder)
-    elif valve.adapted:
-        valve.peft_model.save_pretrained(folder)
-        card.write(folder / CARD, "lora")
-    else:
-        valve.model.save_pretrained(folder)
-
-
-class _SkipBadSteps(TrainerCallback):
-    """Skips and counts a step whose gradient is not finite; reports the others."""
-
-    def __init__(self, stage: str, progress: Progress) -> None:
-        self.trainer: ValveTrainer | None = None
-        self.stage, self.progress = stage, progress
-        self.skipped: list[int] = []
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert self.trainer is not None
-        learned = [p for p in self.trainer.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learned])  # type: ignore[misc]
-        if not math.isfinite(float(norm)):
-            self.skipped.append(state.global_step + 1)
-            for p in learned:
-                p.grad = None
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            note = f"loss {logs['loss']:.3f}" + (f", {len(self.skipped)} steps skipped" if self.skipped else "")
-            self.progress(self.stage, state.global_step, state.max_steps, note)
-
-
 def fit(
     valve: Valve,
     stages: Sequence[Stage],
@@ -376,7 +182,7 @@ def _fit_stage(
     longest = max(len(row["input_ids"]) for row in rows)
     micro = min(batch, settings.micro_batch or max(1, (TOKENS_AT_ONCE if device.type == "cuda" else TOKENS_AT_ONCE // 4) // longest))
     micro = next(size for size in range(micro, 0, -1) if batch % size == 0)
-    skip = _SkipBadSteps(stage.name, progress)
+    skip = SkipBadSteps(stage.name, progress)
     autocast = dtype == torch.bfloat16 and device.type == "cuda"
     # Autocast makes bf16 of the adapters' fp32 weights; PEFT's own cast of the input to fp32 would only be undone.
     casting = disable_input_dtype_casting(valve.peft_model) if valve.adapted and autocast else nullcontext()

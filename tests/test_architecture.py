@@ -12,7 +12,23 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cotvalve"
 LINES = 350
 
-ORDER = ["errors", "types", "values", "baselines", "repetition", "records", "settings", "answers", "mathanswers", "mathjudge", "grading", "problems.dataset", "problems.arithmetic_words", "problems.arithmetic", "problems.arithmetic_chains", "problems.aime", "problems.asdiv", "problems.gsm8k", "problems.math500", "problems.jsonl", "problems.prm12k", "problems", "prompts", "checkpoints", "adapters", "weights", "direction", "taskvector", "extraction", "valve", "engines", "engines.sampling", "engines.slots", "engines.generate", "engines.transformers", "engines.live", "recipes", "mixchain", "train", "resampling", "statistics", "figures", "report", "sweep", "verbs", "pipeline", "costs", "plan", "calibration", "calibrate", "serve", "serve.protocol", "serve.batching", "serve.app", "progress", "cli"]
+ORDER = """
+    errors types values baselines repetition records settings
+    answers mathanswers mathjudge grading
+    problems.dataset problems.arithmetic_words problems.arithmetic problems.arithmetic_chains
+    problems.aime problems.asdiv problems.gsm8k problems.math500 problems.jsonl problems.prm12k problems
+    prompts
+    checkpoints adapters weights direction taskvector extraction
+    valve
+    engines engines.sampling engines.slots engines.generate engines.transformers engines.live
+    recipes mixchain
+    batches learner train
+    resampling statistics figures report
+    sweep verbs pipeline costs plan
+    calibration calibrate
+    serve serve.protocol serve.batching serve.app
+    progress cli
+""".split()  # noqa: SIM905
 """Every module, after all that it imports when it is loaded. A new module is put where its imports allow."""
 
 ARROWS = """

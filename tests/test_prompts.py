@@ -4,6 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cotvalve import Valve, checkpoints
+from cotvalve.batches import IGNORED, encode
 from cotvalve.errors import DataError, SettingError
 from cotvalve.problems import arithmetic
 from cotvalve.prompts import (
@@ -18,7 +19,6 @@ from cotvalve.prompts import (
     thinks,
 )
 from cotvalve.recipes import Example, Stage
-from cotvalve.train import IGNORED, encode
 from cotvalve.types import Chain, Problem
 from tests import models
 

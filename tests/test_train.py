@@ -12,26 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cotvalve import Valve
+from cotvalve.batches import IGNORED, collate, encode, pack
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
+from cotvalve.learner import Learner, save_learned
 from cotvalve.prompts import prompt, render
 from cotvalve.recipes import Example, Stage, beta, plus, progressive
 from cotvalve.recipes import valve as short
 from cotvalve.records import Json, read_json
 from cotvalve.taskvector import TaskVector
-from cotvalve.train import (
-    IGNORED,
-    FitSettings,
-    Learner,
-    TrainSettings,
-    collate,
-    encode,
-    fit,
-    pack,
-    run,
-    save_learned,
-    target_modules,
-)
+from cotvalve.train import FitSettings, TrainSettings, fit, run, target_modules
 from cotvalve.types import Chain, MixChain, Problem
 from tests import models
 
@@ -183,7 +173,7 @@ def test_heads_that_scale_their_logits_take_the_model_s_own(monkeypatch: pytest.
 def test_logits_in_slices_are_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     valve, batch = turned(), collate(rows(stage()))
     whole = loss_and_gradients(valve, batch)
-    monkeypatch.setattr("cotvalve.train.LOSS_SLICE", 7)
+    monkeypatch.setattr("cotvalve.learner.LOSS_SLICE", 7)
     sliced = loss_and_gradients(valve, batch)
     assert math.isclose(sliced[0], whole[0], rel_tol=1e-6)
     assert_same_gradients(sliced[1], whole[1])

@@ -1,0 +1,203 @@
+r"""CoT-Valve on one page: theta + alpha * delta, one alpha per row, learned, sampled and learned again.
+
+    python examples/one_page.py            # two minutes or so on a CPU
+    python examples/one_page.py --quick    # seconds: the same with less data
+
+The embedded reasoner (4.5 M parameters) answers word problems with long chains. The script trains a LoRA on the
+brief solutions (eq. 2), samples chains at several alphas and keeps the right ones (MixChain-C), gives each its
+beta (eq. 4), trains a new LoRA on all of them (eq. 3, CoT-Valve++) and prints tokens and accuracy of both along alpha
+(with ACU, eq. 5). Nothing of the package is used but the model's folder and the problems.
+
+Left out, and where the package has it:
+- alpha per token, packed rows; alpha 0 bit for bit with NaN in the LoRA; refusing merged adapters       valve.py
+- an existing pair (theta2 - theta1) instead of training, exact or of low rank           taskvector.py, extraction.py
+- CoT-Valve+P, the authors' data, learning rates that rise and fall, resuming                    recipes.py, train.py
+- chains that are kept on disk as they end; duplicates, lengths and counts of what was dropped           mixchain.py
+- slots that refill while other chains still run, CUDA graphs, seeds per chain                            engines/
+- answers that are no whole number                                                                       grading.py
+- 95 % intervals, paired tests, baselines, a report                                           sweep.py, statistics.py
+- alpha chosen on held-out questions, "about 120 tokens"                                               calibrate.py
+"""
+
+import argparse
+import re
+import time
+from pathlib import Path
+from random import Random
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import cotvalve
+from cotvalve.problems import arithmetic
+from cotvalve.types import Problem
+
+REASONER = Path(cotvalve.__path__[0]) / "assets" / "tiny" / "reasoner"
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Valve:
+    """A frozen model with a LoRA of its own, and the alpha of each row of the next batch."""
+
+    def __init__(self) -> None:
+        base = AutoModelForCausalLM.from_pretrained(REASONER, dtype=torch.float32)
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.model: PeftModel = get_peft_model(base, config)  # B starts at zero: delta is zero until it is trained
+        self.alpha_B = torch.zeros(1)
+        hooked = 0
+        for name, module in self.model.named_modules():
+            if name.endswith("lora_B.default"):
+                module.register_forward_hook(self._turn)
+                hooked += 1
+        assert hooked, "no LoRA layer was found: the dial would be dead, and nothing would say so"
+
+    def _turn(self, _module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        # The whole trick: W x + alpha * (lora_alpha / r) * B A x, with one alpha per row of the batch.
+        return out * self.alpha_B[:, None, None]
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
+    turn = [{"role": "user", "content": problem.question}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def brief(problem: Problem) -> str:
+    """The human-short chain, in the form in which the reasoner itself writes."""
+    return f"<think>\n{problem.solution}\n</think>\n\nThe answer is \\boxed{{{problem.answer}}}."
+
+
+def train(
+    valve: Valve,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[tuple[Problem, str, float]],
+    epochs: int,
+    seed: int,
+) -> float:
+    """Cross-entropy of the chain's own tokens at theta + alpha * delta; returns the last step's loss.
+
+    `examples` are (problem, chain, alpha). Every alpha 1 is eq. 2; alpha = beta of the chain is eq. 3.
+    """
+    rows: list[tuple[list[int], int, float]] = []
+    for problem, chain, alpha in examples:
+        asked = tokenizer(prompt(tokenizer, problem), add_special_tokens=False)["input_ids"]
+        told = tokenizer(chain + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        rows.append((asked + told, len(asked), alpha))
+    learned = [p for p in valve.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.01)
+    loss = torch.zeros(())
+    order = Random(seed)
+    for _ in range(epochs):
+        order.shuffle(rows)
+        for at in range(0, len(rows), 16):
+            batch = rows[at : at + 16]
+            width = max(len(ids) for ids, _, _ in batch)
+            ids_B_T = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in batch])
+            # A token is learned where it is the chain's: not the prompt's, not padding.
+            labels_B_T = torch.tensor(
+                [[-100] * asked + ids[asked:] + [-100] * (width - len(ids)) for ids, asked, _ in batch]
+            )
+            valve.alpha_B = torch.tensor([alpha for _, _, alpha in batch])
+            logits = valve.model(input_ids=ids_B_T).logits  # causal: padding on the right needs no mask
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels_B_T[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+    return loss.item()
+
+
+@torch.inference_mode()
+def sample(
+    valve: Valve,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    alphas: tuple[float, ...],
+    temperature: float = 0.0,
+) -> list[tuple[Problem, float, str, int]]:
+    """(problem, alpha, chain, tokens) for every problem at every alpha; batches mix alphas."""
+    todo = [(problem, alpha) for alpha in alphas for problem in problems]
+    todo.sort(key=lambda pair: (pair[1], len(pair[0].question)))  # rows of a batch wait for the longest
+    done: list[tuple[Problem, float, str, int]] = []
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    for at in range(0, len(todo), 100):
+        batch = todo[at : at + 100]
+        asked = tokenizer([prompt(tokenizer, p) for p, _ in batch], padding=True, return_tensors="pt", add_special_tokens=False)
+        valve.alpha_B = torch.tensor([alpha for _, alpha in batch])
+        out = valve.model.generate(**asked, max_new_tokens=600, eos_token_id=end, pad_token_id=0, **drawing)
+        for (problem, alpha), ids in zip(batch, out[:, asked["input_ids"].shape[1] :].tolist(), strict=True):
+            tokens = ids.index(end) + 1 if end in ids else len(ids)  # generated ids, never words
+            done.append((problem, alpha, tokenizer.decode(ids[: tokens - (end in ids)]), tokens))
+    return done
+
+
+def right(problem: Problem, chain: str) -> bool:
+    """Graded on the last box; a chain without one (truncated, lost) is wrong and stays in the denominator."""
+    boxes = re.findall(r"\\boxed\{(-?\d+)\}", chain)
+    return bool(boxes) and int(boxes[-1]) == int(problem.answer)
+
+
+def beta(tokens: int, shortest: int, longest: int) -> float:
+    """Eq. 4, over the chains of one question: its longest is learned at 0, its shortest at 1."""
+    return 1 - (tokens - shortest) / (longest - shortest)
+
+
+def mixchain(chains: list[tuple[Problem, float, str, int]]) -> list[tuple[Problem, str, float]]:
+    """Right chains at their own beta. Beta 0 has no gradient, and equal lengths have no beta: neither is kept."""
+    by_problem: dict[str, dict[str, tuple[Problem, int]]] = {}
+    for problem, _, chain, tokens in chains:
+        if right(problem, chain):
+            by_problem.setdefault(problem.id, {})[chain] = problem, tokens
+    examples: list[tuple[Problem, str, float]] = []
+    for found in by_problem.values():
+        lengths = [tokens for _, tokens in found.values()]
+        for chain, (problem, tokens) in found.items():
+            if tokens < max(lengths):
+                examples.append((problem, chain, beta(tokens, min(lengths), max(lengths))))
+    return examples
+
+
+def curve(name: str, valve: Valve, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> None:
+    billions = sum(p.numel() for n, p in valve.model.named_parameters() if "lora_" not in n) / 1e9
+    chains = sample(valve, tokenizer, problems, ALPHAS)
+    for alpha in ALPHAS:
+        here = [(problem, chain, tokens) for problem, at, chain, tokens in chains if at == alpha]
+        accuracy = 100 * sum(right(problem, chain) for problem, chain, _ in here) / len(here)
+        tokens = sum(tokens for _, _, tokens in here) / len(here)
+        print(f"{name:12} {alpha:5.2f} {accuracy:10.1f} {tokens:8.1f} {100 * accuracy / (billions * tokens):10.0f}")  # eq. 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="CoT-Valve on one page.")
+    parser.add_argument("--quick", action="store_true", help="less data: seconds instead of minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    how = parser.parse_args()
+    learn, mix, test = (96, 16, 16) if how.quick else (256, 120, 100)
+    torch.manual_seed(how.seed)
+    began = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(REASONER, padding_side="left")
+    problems, unseen = arithmetic.load("train"), arithmetic.load("test")
+    Random(how.seed).shuffle(problems)
+    Random(how.seed).shuffle(unseen)
+
+    valve = Valve()
+    loss = train(valve, tokenizer, [(p, brief(p), 1.0) for p in problems[:learn]], epochs=3, seed=how.seed)
+    print(f"CoT-Valve: {learn} brief chains at alpha 1, loss {loss:.3f}")
+    chains = sample(valve, tokenizer, problems[learn : learn + mix], ALPHAS, temperature=0.6)
+    examples = mixchain(chains)
+    kept = sum(right(problem, chain) for problem, _, chain, _ in chains)
+    print(f"MixChain-C: {kept} of {len(chains)} chains are right, {len(examples)} have a beta above 0")
+    plus = Valve()  # a new LoRA on the reasoner, as eq. 3 reads
+    loss = train(plus, tokenizer, examples, epochs=3, seed=how.seed)
+    print(f"CoT-Valve++: {len(examples)} chains at their beta, loss {loss:.3f}")
+
+    print(f"\n{test} test questions, greedy\n{'':12} alpha accuracy % tokens        ACU")
+    curve("CoT-Valve", valve, tokenizer, unseen[:test])
+    curve("CoT-Valve++", plus, tokenizer, unseen[:test])
+    print(f"\n{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
