@@ -12,8 +12,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import os
-
 import numpy as np
 
 from cotvalve.problems.arithmetic import Story, draw, stories
@@ -22,11 +20,9 @@ from cotvalve.problems.arithmetic_chains import BRIEF, LONG, Style, evenly, writ
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 THINK, THOUGHT = "<think>", "</think>"
 
-REASONER_STYLES = {
-    "staggered": Style(restate=0.80, knowns=0.70, plan=0.93, sentences=0.96, work=0.98, check=0.88, recheck=0.60),
-    "wide": Style(restate=0.70, knowns=0.62, plan=0.88, sentences=0.95, work=0.98, check=0.80, recheck=0.55),
-    "wider": Style(restate=0.72, knowns=0.62, plan=0.82, sentences=0.90, work=0.95, check=0.66, recheck=0.56),
-}
+REASONER_STYLE = Style(restate=0.72, knowns=0.62, plan=0.82, sentences=0.90, work=0.95, check=0.66, recheck=0.56)
+"""The reasoner drops each feature now and then, some more readily than others: so chains shorten feature by feature
+along alpha, and not all at once."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -91,7 +87,7 @@ def completion(story: Story, phase: str, rng: Random) -> str:
         else:
             style = evenly(rng.random() if kind < 0.75 else 0.95)
     else:
-        style = REASONER_STYLES[os.environ.get('TINY_STYLE','staggered')]
+        style = REASONER_STYLE
     chain = write_chain(story, style, rng)
     return f"{THINK}\n{chain}\n{THOUGHT}\n\n{closing}" if thinks else f"{chain}\n{closing}"
 

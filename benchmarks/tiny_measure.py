@@ -3,8 +3,6 @@
 Part of benchmarks/train_tiny.py.
 """
 
-# ruff: noqa: E501  (rows of the card's tables cannot be broken)
-
 import json
 import math
 import re

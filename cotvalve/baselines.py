@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PLAIN = "plain model"
+PROMPTED = "prompt: "
+"""How the names of prompt baselines begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ def baselines(prompts: Sequence[str], budgets: Sequence[int]) -> list[Baseline]:
     found: list[Baseline] = []
     for name in prompts:
         if prompt(name).budgets:
-            found += [Baseline(f"prompt: {name} {budget}", name, budget) for budget in budgets]
+            found += [Baseline(f"{PROMPTED}{name} {budget}", name, budget) for budget in budgets]
         else:
-            found.append(Baseline(f"prompt: {name}", name))
+            found.append(Baseline(f"{PROMPTED}{name}", name))
     return found

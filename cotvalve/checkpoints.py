@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cotvalve.errors import DataError, EngineError, SettingError
-from cotvalve.records import disk, read_json
+from cotvalve.records import disk, read_json, share
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -205,6 +205,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with disk(path), os.fdopen(handle, "wb") as file:
+            share(handle)
             file.write(
                 safetensors.torch.save(
                     {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -64,13 +64,13 @@ def _command(name: str, settings: type[Settings], work: Callable[[Any], None], h
             kind = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
         else:
             # Values arrive as text and are read by the settings class: one place for types, ranges and messages.
-            choices = "|".join(info.annotation.__args__) if get_origin(info.annotation) is Literal else None
+            choices = "|".join(get_args(info.annotation)) if get_origin(info.annotation) is Literal else None
             kind = Annotated[str | None, typer.Option(flag, help=text, show_default=False, metavar=choices or "VALUE")]
         where = inspect.Parameter.KEYWORD_ONLY
         parameters.append(
             inspect.Parameter(field, where, annotation=kind, default=inspect.Parameter.empty if field in arguments else None)
         )
-    command.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.name not in arguments))  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.name not in arguments))
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(name, help=help)(command)
 
@@ -153,9 +153,9 @@ def data_check(
     """Grades every gold answer of every set: all of them have to be right before a model is graded."""
     from cotvalve import problems
 
-    results = problems.check(names or None, data_dir)
+    results = problems.check(names or problems.NAMES, data_dir)
     for result in results:
-        print(result.line())
+        print("\n  ".join([result.line(), *result.wrong]))
     if not all(result.passed for result in results):
         raise SystemExit(1)
 

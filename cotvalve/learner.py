@@ -54,6 +54,7 @@ class Learner(nn.Module):
         learned = labels[:, 1:] != IGNORED
         states, targets = hidden[:, :-1][learned], labels[:, 1:][learned]
         head = self.model.get_output_embeddings()
+        assert head is not None
         total = states.new_zeros((), dtype=torch.float32)
         for part, wanted in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
             total = total + checkpoint(lambda s, t: _cross_entropy(head(s), t), part, wanted, use_reentrant=False)
@@ -93,7 +94,7 @@ class ValveTrainer(Trainer):
         # compute_loss divides by the tokens of the whole step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> _Order:
+    def _get_train_sampler(self, train_dataset: Any = None) -> _Order:  # noqa: ARG002
         return _Order(self)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -105,17 +106,17 @@ class ValveTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None,  # noqa: ARG002
+    ) -> Any:  # fmt: skip
         divisor = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != IGNORED).sum()
         return model(**inputs, divisor=divisor)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         folder = Path(output_dir or self.args.output_dir or ".")
         with disk(folder):
             save_learned(self.valve, self.card, folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         if self.valve.adapted:
             set_peft_model_state_dict(self.valve.peft_model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
         else:
@@ -128,7 +129,7 @@ def save_learned(valve: Valve, card: Card, folder: Path) -> None:
     if valve.rows:
         valve.current(card).save(folder)
     elif valve.adapted:
-        valve.peft_model.save_pretrained(folder)
+        valve.peft_model.save_pretrained(str(folder))
         card.write(folder / CARD, "lora")
     else:
         valve.model.save_pretrained(folder)
@@ -142,16 +143,21 @@ class SkipBadSteps(TrainerCallback):
         self.stage, self.progress = stage, progress
         self.skipped: list[int] = []
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any  # noqa: ARG002
+    ) -> None:
         assert self.trainer is not None
+        assert self.trainer.model is not None
         learned = [p for p in self.trainer.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learned])  # type: ignore[misc]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         if not math.isfinite(float(norm)):
             self.skipped.append(state.global_step + 1)
             for p in learned:
                 p.grad = None
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any  # noqa: ARG002
+    ) -> None:
         if logs and "loss" in logs:
             note = f"loss {logs['loss']:.3f}" + (f", {len(self.skipped)} steps skipped" if self.skipped else "")
             self.progress(self.stage, state.global_step, state.max_steps, note)

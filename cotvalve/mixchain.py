@@ -21,7 +21,7 @@ from cotvalve.grading import grade
 from cotvalve.problems import NAMES, fingerprint, training
 from cotvalve.problems.dataset import hub_rows
 from cotvalve.prompts import chain_from_solution, prompt, render, thinks
-from cotvalve.records import Json, Run, read_json, read_jsonl, write_json, write_parquet
+from cotvalve.records import Json, Run, read_json, read_jsonl, read_parquet, write_json, write_parquet
 from cotvalve.settings import Alphas, ModelSettings
 from cotvalve.types import Chain, Completion, MixChain, Problem, Progress, Request, silent
 
@@ -55,7 +55,7 @@ class Sampling(ModelSettings):
     slots: int | None = None
     """Chains decoded at once; sized from the memory when not given."""
 
-    def model_post_init(self, context: Any, /) -> None:
+    def model_post_init(self, _context: Any, /) -> None:
         if self.samples < 1 or self.max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens have to be 1 or more")
         if self.temperature < 0 or not 0 <= self.top_p <= 1:
@@ -283,16 +283,7 @@ def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
         yield from enumerate(read_json(path), 1)
         return
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file") from None
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{path}: not readable as Parquet ({error})") from None
-        yield from enumerate(table.to_pylist(), 1)
+        yield from enumerate(read_parquet(path), 1)
         return
     if path.exists():
         raise DataError(f"{path}: expected a run folder of `mix` or a .parquet, .jsonl or .json file")

@@ -14,7 +14,7 @@ import os
 import platform
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,13 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
+def share(handle: int) -> None:
+    """Gives a file made by mkstemp, which only its owner can read, the permissions of any new file."""
+    os.fchmod(handle, 0o666 & ~_UMASK)
+
+
 @contextmanager
-def disk(path: Path) -> Iterator[None]:
+def disk(path: Path) -> Generator[None]:
     """Turns 'no space left', in the file system's words or sqlite's, into one line about `path`."""
     try:
         yield
@@ -48,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with disk(path), os.fdopen(handle, "w", encoding="utf-8") as file:
-            os.fchmod(handle, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
+            share(handle)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -115,6 +120,19 @@ def write_parquet(path: Path, rows: Iterable[Json]) -> None:
     with disk(path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), part, compression="zstd")
         os.replace(part, path)
+
+
+def read_parquet(path: Path) -> list[Json]:
+    """The rows of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not readable as Parquet ({error})") from None
 
 
 class RowStore:

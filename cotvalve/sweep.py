@@ -10,16 +10,17 @@ stand at the start of every direction's curve. Nothing is chosen here; the table
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from cotvalve.baselines import PLAIN, baselines
+from cotvalve.baselines import PLAIN, PROMPTED, baselines
 from cotvalve.direction import Direction, check_fits, load_direction
 from cotvalve.engines import pick
 from cotvalve.errors import SettingError
 from cotvalve.mixchain import Sampling, requests_for, sample_rows
 from cotvalve.problems import fingerprint, load
-from cotvalve.records import Json, Run, read_json, write_json, write_parquet
+from cotvalve.records import Json, RowStore, Run, read_json, read_parquet, write_json, write_parquet
 from cotvalve.report import Example, ReportData, write_report
 from cotvalve.statistics import Paired, paired, paired_over_grid, points
 from cotvalve.types import Completion, Grade, Point, Problem, Progress, Sweep, silent
@@ -59,22 +60,28 @@ def problems_of(settings: SweepSettings) -> dict[str, list[Problem]]:
 
 
 def redo(folder: Path) -> Path:
-    """Points, tables and report again from the rows of a run folder; nothing is sampled."""
+    """Points, tables and report again from a run folder's rows; nothing is sampled.
+
+    Reads `rows.sqlite`, or `rows.parquet` in a folder that was published without it.
+    """
     found = read_json(folder / "run.json")
     settings = SweepSettings.read({**found["settings"], "out": str(folder)})
-    with Run(folder, "sweep", found["settings"]) as at:
-        rows: dict[tuple[str, str], list[Json]] = {}
-        for key in at.rows.keys():
-            name, system, _ = key.split("|", 2)
-            rows.setdefault((name, system), [])
+    rows: dict[tuple[str, str], list[Json]] = {}
+    if (folder / "rows.sqlite").exists():
+        with closing(RowStore(folder / "rows.sqlite")) as store:
+            for name, system in sorted({tuple(key.split("|", 2)[:2]) for key in store.keys()}):  # noqa: SIM118
+                rows[name, system] = store.rows(f"{name}|{system}|")
         for name, system in rows:
-            own = at.rows.rows(f"{name}|{system}|")
-            rows[name, system] = [{**row, "alpha": None} for row in own] if system.startswith("prompt:") else own
-        dials = [key for key in rows if key[1] != PLAIN and not key[1].startswith("prompt:")]
-        for name, system in dials:
-            rows[name, system] = [*rows.get((name, PLAIN), []), *rows[name, system]]
-        order = sorted(rows, key=lambda key: (key[0], key[1] != PLAIN, not key[1].startswith("prompt:"), key in dials and [*named_directions(settings.direction)].index(key[1])))
-        return finish(at, {key: rows[key] for key in order}, problems_of(settings), float(at.facts["billions"]), settings)
+            if system.startswith(PROMPTED):
+                rows[name, system] = [{**row, "alpha": None} for row in rows[name, system]]
+            elif system != PLAIN:
+                rows[name, system] = [*rows.get((name, PLAIN), []), *rows[name, system]]
+    else:
+        for row in read_parquet(folder / "rows.parquet"):
+            rows.setdefault((row.pop("dataset"), row.pop("system")), []).append(row)
+    order = [PLAIN, *sorted({system for _, system in rows if system.startswith(PROMPTED)}), *named_directions(settings.direction)]
+    shown = {key: rows[key] for key in sorted(rows, key=lambda key: (key[0], order.index(key[1])))}
+    return finish(folder, found["facts"], shown, problems_of(settings), settings)
 
 
 def run(settings: SweepSettings, progress: Progress = silent) -> Path:
@@ -119,13 +126,14 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
                 found = sample_rows(at, engine, problems, asked, progress, f"{name}|{label}|")
                 rows[name, label] = [*rows[name, PLAIN], *found]
             del engine, turned
-        return finish(at, rows, sets, billions, settings)
+        return finish(at.folder, at.facts, rows, sets, settings)
 
 
-def finish(at: Run, rows: dict[tuple[str, str], list[Json]], sets: dict[str, list[Problem]], billions: float, settings: SweepSettings) -> Path:  # fmt: skip
+def finish(folder: Path, facts: Json, rows: dict[tuple[str, str], list[Json]], sets: dict[str, list[Problem]], settings: SweepSettings) -> Path:  # fmt: skip
     """Points, tests, tables and the report of finished rows."""
     measured: list[Point] = []
     tests: list[Paired] = []
+    billions = float(facts["billions"])
     dials = [key for key in rows if any(row["alpha"] for row in rows[key])]
     for (name, system), found in rows.items():
         if not found:
@@ -141,15 +149,15 @@ def finish(at: Run, rows: dict[tuple[str, str], list[Json]], sets: dict[str, lis
         for other, b in dials[i + 1 :]:
             if name == other:
                 tests.append(paired_over_grid(rows[name, b], rows[name, a], dataset=name, a=b, b=a, seed=settings.seed))
-    sweep = Sweep(tuple(measured), {key: str(value) for key, value in at.facts.items()})
-    write_json(at.folder / "points.json", {"points": [asdict(p) for p in measured], "paired": [asdict(t) for t in tests], "facts": sweep.facts})  # fmt: skip
-    write_parquet(at.folder / "rows.parquet", ({"dataset": n, "system": s, **row} for (n, s), found in rows.items() for row in found))
+    sweep = Sweep(tuple(measured), {key: str(value) for key, value in facts.items()})
+    write_json(folder / "points.json", {"points": [asdict(p) for p in measured], "paired": [asdict(t) for t in tests], "facts": sweep.facts})  # fmt: skip
+    write_parquet(folder / "rows.parquet", ({"dataset": n, "system": s, **row} for (n, s), found in rows.items() for row in found))
     return write_report(
         ReportData(
             title=f"Chain length and accuracy of {settings.model}", points=sweep.points, facts=sweep.facts,
             paired=tuple(tests), examples=tuple(_examples(rows, sets)), chosen_on=settings.chosen_on,
         ),
-        at.folder,
+        folder,
     )  # fmt: skip
 
 

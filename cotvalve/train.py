@@ -85,7 +85,7 @@ class FitSettings(Settings):
     seed: int = 0
     """Seed of initial weights, order and dropout."""
 
-    def model_post_init(self, context: Any, /) -> None:
+    def model_post_init(self, _context: Any, /) -> None:
         if self.dora and self.full:
             raise ValueError("dora and full exclude each other")
         if self.rank < 1 or self.batch < 1 or self.epochs <= 0:
@@ -94,7 +94,8 @@ class FitSettings(Settings):
     def lora(self, model: nn.Module) -> LoraConfig:
         """PEFT's configuration for `model`."""
         return LoraConfig(
-            r=self.rank, lora_alpha=self.lora_alpha, use_rslora=self.rslora, use_dora=self.dora,  # type: ignore[arg-type]
+            r=self.rank, use_rslora=self.rslora, use_dora=self.dora,
+            lora_alpha=self.lora_alpha,  # pyright: ignore[reportArgumentType]  PEFT reads fractions as well
             lora_dropout=self.dropout, target_modules=target_modules(model, self.modules), task_type="CAUSAL_LM",
         )  # fmt: skip
 
@@ -205,7 +206,8 @@ def _fit_stage(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         # A last checkpoint marks the stage as done: run again, the Trainer finds no step left in it.
         if last is None or int(last.name.rpartition("-")[2]) < trainer.state.global_step:
-            trainer._save_checkpoint(trainer.model, None)
+            assert trainer.model is not None
+            trainer._save_checkpoint(trainer.model, None)  # pyright: ignore[reportPrivateUsage]  the Trainer has no public one
     losses = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
     write_json(home / "loss.json", losses)
     return {

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -91,10 +91,10 @@ class Dial:
         return self._alpha
 
     @contextmanager
-    def at(self, alpha: float | Tensor) -> Iterator[None]:
+    def at(self, alpha: float | Tensor) -> Generator[None]:
         """Sets the positions while inside: a number, one per row [B], or one per token [B, T]."""
         before = self._alpha, self._closed
-        device = next(iter(self.layers.values())).lora_B[ADAPTER].weight.device
+        device = next(iter(self.layers.values())).lora_B[ADAPTER].get_parameter("weight").device
         value = torch.as_tensor(alpha, dtype=torch.float32, device=device)
         self._alpha = value.reshape(1, 1, 1) if value.ndim == 0 else value[:, None, None] if value.ndim == 1 else value[..., None]
         self._closed = self._alpha == 0
@@ -124,6 +124,8 @@ class Valve:
         self._peft: PeftModel | None = None
         self._moved = 0.0
         self.model = model
+        self.name = model.name_or_path or type(model).__name__
+        """The model as the user named it: for tables and cards."""
         if direction is not None:
             refuse_fused(model)
         if isinstance(direction, Direction):
@@ -159,6 +161,7 @@ class Valve:
         tokenizer = checkpoints.load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         found = None if direction is None else load_direction(direction, loaded)
         valve = cls(loaded.eval(), tokenizer, found)
+        valve.name = str(model)
         if direction is not None:
             from cotvalve.calibration import Calibration
 
@@ -188,7 +191,7 @@ class Valve:
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
         return {
-            "model": f"{self.model.name_or_path} ({self.billions():.3g} billion parameters)",
+            "model": f"{self.name} ({self.billions():.3g} billion parameters)",
             "hardware": name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
@@ -213,10 +216,10 @@ class Valve:
     def current(self, card: Card) -> Direction:
         """The LoRA as it stands (after training) as an immutable direction."""
         state = get_peft_model_state_dict(self.peft_model, adapter_name=ADAPTER)
-        return Direction.from_peft(self.peft_model.peft_config[ADAPTER], state, card)
+        return Direction.from_peft(self.peft_model.peft_config[ADAPTER].to_dict(), state, card)
 
     @contextmanager
-    def at(self, alpha: float | Sequence[float] | Tensor) -> Iterator[PreTrainedModel]:
+    def at(self, alpha: float | Sequence[float] | Tensor) -> Generator[PreTrainedModel]:
         """The transformers model at one position, or at one per row [B] or token [B, T]; restored on leaving.
 
         Nested use and exceptions restore bit for bit. Without a direction only alpha 0 is a position.
@@ -260,7 +263,7 @@ class Valve:
         that it was fused, and loading it with a direction is refused.
         """
         config = copy.deepcopy(self.model.config)
-        setattr(config, FUSED, {"alpha": alpha, "base": self.model.name_or_path})
+        setattr(config, FUSED, {"alpha": alpha, "base": self.name})
         if getattr(config, "quantization_config", None) is not None:
             raise EngineError("a quantized model cannot be fused; load the base without quantization")
         with self.at(0.0 if self.dial else alpha):
@@ -271,7 +274,7 @@ class Valve:
             }
         for name, layer in (self.dial.layers if self.dial else {}).items():
             weight = state[f"{name}.weight"]
-            b, a = layer.lora_B[ADAPTER].weight.detach().float().cpu(), layer.lora_A[ADAPTER].weight.detach().float().cpu()
+            b, a = (side[ADAPTER].get_parameter("weight").detach().float().cpu() for side in (layer.lora_B, layer.lora_A))
             delta = alpha * layer.scaling[ADAPTER] * (b @ a)
             if alpha != 0:
                 state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
@@ -284,9 +287,15 @@ class Valve:
         return plain.eval()
 
     @overload
-    def generate(self, question: str, **how: Any) -> list[Completion]: ...
+    def generate(
+        self, question: str | Sequence[str], alpha: float | Sequence[float] | None = None, *,
+        max_new_tokens: int = ..., temperature: float = ..., top_p: float = ..., seed: int = ..., prompt: str = ...,
+    ) -> list[Completion]: ...  # fmt: skip
     @overload
-    def generate(self, question: Sequence[str], **how: Any) -> list[Completion]: ...
+    def generate(
+        self, question: str | Sequence[str], *, tokens: float | None = None, shorter: float | None = None,
+        max_new_tokens: int = ..., temperature: float = ..., top_p: float = ..., seed: int = ..., prompt: str = ...,
+    ) -> list[Completion]: ...  # fmt: skip
     def generate(
         self,
         question: str | Sequence[str],

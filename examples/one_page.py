@@ -12,11 +12,10 @@ Left out, and where the package has it:
 - alpha per token, packed rows; alpha 0 bit for bit with NaN in the LoRA; refusing merged adapters       valve.py
 - an existing pair (theta2 - theta1) instead of training, exact or of low rank           taskvector.py, extraction.py
 - CoT-Valve+P, the authors' data, learning rates that rise and fall, resuming                    recipes.py, train.py
-- chains that are kept on disk as they end; duplicates, lengths and counts of what was dropped           mixchain.py
+- chains kept on disk as they end; counts of what was dropped, and why                                  mixchain.py
 - slots that refill while other chains still run, CUDA graphs, seeds per chain                            engines/
 - answers that are no whole number                                                                       grading.py
-- 95 % intervals, paired tests, baselines, a report                                           sweep.py, statistics.py
-- alpha chosen on held-out questions, "about 120 tokens"                                               calibrate.py
+- 95 % intervals, paired tests, baselines, a report; alpha chosen on held-out questions          sweep.py, calibrate.py
 """
 
 import argparse
@@ -29,6 +28,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 import cotvalve
 from cotvalve.problems import arithmetic
@@ -36,6 +36,10 @@ from cotvalve.types import Problem
 
 REASONER = Path(cotvalve.__path__[0]) / "assets" / "tiny" / "reasoner"
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BATCH = 80  # chains sampled at once
+EPOCHS = 3
+Example = tuple[Problem, str, float]  # problem, chain, the alpha it is learned at
+Sample = tuple[Problem, float, str, int]  # problem, alpha, chain, tokens
 
 
 class Valve:
@@ -58,6 +62,13 @@ class Valve:
         return out * self.alpha_B[:, None, None]
 
 
+def easy(split: arithmetic.Split, steps: int, seed: int) -> list[Problem]:
+    """Problems of so few steps, whose chains are short enough for a CPU, in an order that the seed decides."""
+    found = [problem for problem in arithmetic.load(split) if (problem.solution or "").count("=") <= steps]
+    Random(seed).shuffle(found)
+    return found
+
+
 def prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
     turn = [{"role": "user", "content": problem.question}]
     return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
@@ -68,16 +79,10 @@ def brief(problem: Problem) -> str:
     return f"<think>\n{problem.solution}\n</think>\n\nThe answer is \\boxed{{{problem.answer}}}."
 
 
-def train(
-    valve: Valve,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[tuple[Problem, str, float]],
-    epochs: int,
-    seed: int,
-) -> float:
+def train(valve: Valve, tokenizer: PreTrainedTokenizerBase, examples: list[Example], seed: int) -> float:
     """Cross-entropy of the chain's own tokens at theta + alpha * delta; returns the last step's loss.
 
-    `examples` are (problem, chain, alpha). Every alpha 1 is eq. 2; alpha = beta of the chain is eq. 3.
+    With alpha 1 everywhere this is eq. 2; with alpha = beta of each chain, eq. 3.
     """
     rows: list[tuple[list[int], int, float]] = []
     for problem, chain, alpha in examples:
@@ -85,13 +90,13 @@ def train(
         told = tokenizer(chain + "<|im_end|>", add_special_tokens=False)["input_ids"]
         rows.append((asked + told, len(asked), alpha))
     learned = [p for p in valve.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(learned, lr=1.5e-3, weight_decay=0.01)
     loss = torch.zeros(())
     order = Random(seed)
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         order.shuffle(rows)
-        for at in range(0, len(rows), 16):
-            batch = rows[at : at + 16]
+        for at in range(0, len(rows), 8):
+            batch = rows[at : at + 8]
             width = max(len(ids) for ids, _, _ in batch)
             ids_B_T = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in batch])
             # A token is learned where it is the chain's: not the prompt's, not padding.
@@ -109,24 +114,18 @@ def train(
 
 
 @torch.inference_mode()
-def sample(
-    valve: Valve,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    alphas: tuple[float, ...],
-    temperature: float = 0.0,
-) -> list[tuple[Problem, float, str, int]]:
-    """(problem, alpha, chain, tokens) for every problem at every alpha; batches mix alphas."""
-    todo = [(problem, alpha) for alpha in alphas for problem in problems]
-    todo.sort(key=lambda pair: (pair[1], len(pair[0].question)))  # rows of a batch wait for the longest
-    done: list[tuple[Problem, float, str, int]] = []
+def sample(valve: Valve, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> list[Sample]:
+    """One chain for every problem at every alpha, at temperature 1: a greedy one shows only the likeliest style."""
+    todo = [(problem, alpha) for alpha in ALPHAS for problem in problems]  # one batch holds several alphas
+    done: list[Sample] = []
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    for at in range(0, len(todo), 100):
-        batch = todo[at : at + 100]
-        asked = tokenizer([prompt(tokenizer, p) for p, _ in batch], padding=True, return_tensors="pt", add_special_tokens=False)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "cache_implementation": "static"}
+    for at in range(0, len(todo), BATCH):
+        batch = todo[at : at + BATCH]
+        texts = [prompt(tokenizer, problem) for problem, _ in batch]
+        asked = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
         valve.alpha_B = torch.tensor([alpha for _, alpha in batch])
-        out = valve.model.generate(**asked, max_new_tokens=600, eos_token_id=end, pad_token_id=0, **drawing)
+        out = valve.model.generate(**asked, max_new_tokens=400, eos_token_id=end, pad_token_id=0, **how)
         for (problem, alpha), ids in zip(batch, out[:, asked["input_ids"].shape[1] :].tolist(), strict=True):
             tokens = ids.index(end) + 1 if end in ids else len(ids)  # generated ids, never words
             done.append((problem, alpha, tokenizer.decode(ids[: tokens - (end in ids)]), tokens))
@@ -144,13 +143,13 @@ def beta(tokens: int, shortest: int, longest: int) -> float:
     return 1 - (tokens - shortest) / (longest - shortest)
 
 
-def mixchain(chains: list[tuple[Problem, float, str, int]]) -> list[tuple[Problem, str, float]]:
+def mixchain(chains: list[Sample]) -> list[Example]:
     """Right chains at their own beta. Beta 0 has no gradient, and equal lengths have no beta: neither is kept."""
     by_problem: dict[str, dict[str, tuple[Problem, int]]] = {}
     for problem, _, chain, tokens in chains:
         if right(problem, chain):
             by_problem.setdefault(problem.id, {})[chain] = problem, tokens
-    examples: list[tuple[Problem, str, float]] = []
+    examples: list[Example] = []
     for found in by_problem.values():
         lengths = [tokens for _, tokens in found.values()]
         for chain, (problem, tokens) in found.items():
@@ -161,12 +160,13 @@ def mixchain(chains: list[tuple[Problem, float, str, int]]) -> list[tuple[Proble
 
 def curve(name: str, valve: Valve, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> None:
     billions = sum(p.numel() for n, p in valve.model.named_parameters() if "lora_" not in n) / 1e9
-    chains = sample(valve, tokenizer, problems, ALPHAS)
+    chains = sample(valve, tokenizer, problems)
     for alpha in ALPHAS:
         here = [(problem, chain, tokens) for problem, at, chain, tokens in chains if at == alpha]
         accuracy = 100 * sum(right(problem, chain) for problem, chain, _ in here) / len(here)
         tokens = sum(tokens for _, _, tokens in here) / len(here)
-        print(f"{name:12} {alpha:5.2f} {accuracy:10.1f} {tokens:8.1f} {100 * accuracy / (billions * tokens):10.0f}")  # eq. 5
+        acu = 100 * accuracy / (billions * tokens)  # eq. 5
+        print(f"{name:12} {alpha:5.2f} {accuracy:10.1f} {tokens:6.1f} {acu:10.0f}")
 
 
 def main() -> None:
@@ -174,26 +174,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less data: seconds instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     how = parser.parse_args()
-    learn, mix, test = (96, 16, 16) if how.quick else (256, 120, 100)
+    learn, mix, test = (64, 12, 8) if how.quick else (128, 64, 40)
     torch.manual_seed(how.seed)
+    logging.disable_progress_bar()
     began = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(REASONER, padding_side="left")
-    problems, unseen = arithmetic.load("train"), arithmetic.load("test")
-    Random(how.seed).shuffle(problems)
-    Random(how.seed).shuffle(unseen)
+    problems, unseen = (easy(split, 2 if how.quick else 3, how.seed) for split in ("train", "test"))
 
     valve = Valve()
-    loss = train(valve, tokenizer, [(p, brief(p), 1.0) for p in problems[:learn]], epochs=3, seed=how.seed)
+    loss = train(valve, tokenizer, [(p, brief(p), 1.0) for p in problems[:learn]], how.seed)
     print(f"CoT-Valve: {learn} brief chains at alpha 1, loss {loss:.3f}")
-    chains = sample(valve, tokenizer, problems[learn : learn + mix], ALPHAS, temperature=0.6)
+    chains = sample(valve, tokenizer, problems[learn : learn + mix])
     examples = mixchain(chains)
     kept = sum(right(problem, chain) for problem, _, chain, _ in chains)
     print(f"MixChain-C: {kept} of {len(chains)} chains are right, {len(examples)} have a beta above 0")
     plus = Valve()  # a new LoRA on the reasoner, as eq. 3 reads
-    loss = train(plus, tokenizer, examples, epochs=3, seed=how.seed)
+    loss = train(plus, tokenizer, examples, how.seed)
     print(f"CoT-Valve++: {len(examples)} chains at their beta, loss {loss:.3f}")
 
-    print(f"\n{test} test questions, greedy\n{'':12} alpha accuracy % tokens        ACU")
+    print(f"\n{test} test questions, temperature 1\n{'':12} alpha accuracy % tokens        ACU")
     curve("CoT-Valve", valve, tokenizer, unseen[:test])
     curve("CoT-Valve++", plus, tokenizer, unseen[:test])
     print(f"\n{time.monotonic() - began:.0f} s")

@@ -10,8 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cotvalve import problems
+from cotvalve.cli import data_app
 from cotvalve.errors import DataError, SettingError
 from cotvalve.problems import aime, asdiv, gsm8k, jsonl, math500, prm12k
 from cotvalve.problems.dataset import local_rows, rows_of
@@ -249,6 +251,20 @@ def test_check_reports_what_is_wrong_or_missing(folder: Path) -> None:
     wrong = problems.check(["gsm8k"], folder)[1].wrong
     assert len(wrong) == 1
     assert wrong[0].startswith("gsm8k/test/0: solution: read '17', gold '18'")
+
+
+def test_the_data_commands_show_sets_and_verdicts(folder: Path) -> None:
+    shown = CliRunner().invoke(data_app, ["list"]).output
+    assert [line.split()[0] for line in shown.splitlines()] == list(problems.NAMES)
+    assert "train 7,473, test 1,319" in shown
+
+    made = CliRunner().invoke(data_app, ["check", "arithmetic"])
+    assert made.exit_code == 0
+    assert "arithmetic test: passed; 1,000 of 1,000 problems, 4,000 texts graded, 0 wrong, 0 explained" in made.output
+
+    lacking = CliRunner().invoke(data_app, ["check", "gsm8k", "--data-dir", str(folder)])
+    assert lacking.exit_code == 1
+    assert "gsm8k test: failed; 2 of 1,319 problems" in lacking.output
 
 
 def test_the_docs_name_every_set_and_every_exception() -> None:

@@ -59,7 +59,7 @@ class GenerateEngine:
         own, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with torch.inference_mode(), self.valve.at(alphas if self.valve.rows else alphas[0]):
-                out = model.generate(
+                out = model.generate(  # pyright: ignore[reportCallIssue]  the head classes mix it in
                     input_ids=ids, attention_mask=mask, generation_config=how,
                     logits_processor=LogitsProcessorList([_Draw(batch, width, device)]),
                 )  # fmt: skip

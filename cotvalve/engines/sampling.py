@@ -77,7 +77,8 @@ class Codec:
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         generation = model.generation_config
-        self.stops = stop_ids(tokenizer, generation.eos_token_id if generation is not None else None)
+        # Declared as always there, but a model may be without one.
+        self.stops = stop_ids(tokenizer, generation.eos_token_id if generation is not None else None)  # pyright: ignore[reportUnnecessaryComparison]
         self._end_think = end_think_id(tokenizer)
         self._context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
 

@@ -68,7 +68,7 @@ class TransformersEngine:
         groups: dict[float, list[Encoded]] = {}
         for e in encoded:
             groups.setdefault(0.0 if self.valve.rows else e.request.alpha, []).append(e)
-        before = self.valve.model.config._attn_implementation
+        before = self.valve.model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         for alpha in sorted(groups):
             # Longest first: what needs most memory comes while the run can still be made smaller.
             waiting = sorted(groups[alpha], key=lambda e: -(len(e.ids) + e.room))
@@ -96,7 +96,7 @@ class TransformersEngine:
                     torch.cuda.empty_cache()
                     progress("sample", done, total, f"out of memory: going on with {slots} slots")
                 finally:
-                    self.valve.model.set_attn_implementation(before)
+                    self.valve.model.set_attn_implementation(before or "sdpa")
 
     def slots_that_fit(self, longest: int) -> int:
         """Slots whose caches fit the free memory, for chains of `longest` tokens with their prompt."""
@@ -123,7 +123,8 @@ class Batch:
         self, engine: TransformersEngine, waiting: list[Encoded], slots: int, alpha: float, context: int | None = None
     ) -> None:
         """`context` cache positions per slot; None: as many as `waiting` needs."""
-        self.valve, self.codec, self.graphs_on = engine.valve, engine._codec, engine.graphs
+        self.valve, self.graphs_on = engine.valve, engine.graphs
+        self.codec = engine._codec  # pyright: ignore[reportPrivateUsage]  the engine of this module
         self.model = engine.valve.model
         self.device = self.model.device
         self.cuda = self.device.type == "cuda"
@@ -140,18 +141,20 @@ class Batch:
         length = self._round(context or max(len(e.ids) + e.room for e in waiting))
         config = self.model.config
         self.window = Window()
-        self.cache = Cache(layers=[SlotLayer(self.window, slots, length) for _ in range(config.num_hidden_layers)])
+        self.layers = [SlotLayer(self.window, slots, length) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=[*self.layers])
         self.length = length
-        long = {"dtype": torch.long, "device": self.device}
-        self.ids, self.position, self.count, self.room = (torch.zeros(slots, **long) for _ in range(4))
+        self.ids, self.position, self.count, self.room = (
+            torch.zeros(slots, dtype=torch.long, device=self.device) for _ in range(4)
+        )
         self.alive = torch.zeros(slots, dtype=torch.bool, device=self.device)
-        self.out = torch.zeros(slots, new, **long)
+        self.out = torch.zeros(slots, new, dtype=torch.long, device=self.device)
         self.alpha, self.temperature = (torch.zeros(slots, device=self.device) for _ in range(2))
         self.top_p = torch.ones(slots, device=self.device)
         self.sampled = any(e.request.temperature > 0 for e in waiting)
         self.cut = any(e.request.top_p < 1 for e in waiting)
         self.uniform = torch.zeros(slots, new if self.sampled or context else 1, device=self.device)
-        self.stops = torch.tensor(self.codec.stops, **long)
+        self.stops = torch.tensor(self.codec.stops, dtype=torch.long, device=self.device)
         self.every = torch.arange(length, device=self.device)
         self.graphs: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
         self.rows = slots
@@ -298,8 +301,9 @@ class Batch:
             state: Tensor = getattr(self, name)
             state[:rows] = state[index]
         reach = max(self.filled[i] for i in live)
-        for layer in self.cache.layers:
+        for layer in self.layers:
             for cached in (layer.keys, layer.values):
+                assert cached is not None
                 cached[:rows, :, :reach] = cached[index, :, :reach]
         self.alive[rows:] = False
         beyond = len(self.slots) - rows

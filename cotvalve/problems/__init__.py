@@ -47,6 +47,15 @@ def describe(name: str) -> DataSet:
     return _SETS[name]
 
 
+def table() -> str:
+    """Every set on a line of its own: name, splits with their sizes, source, licence."""
+    sets = _SETS.values()
+    sizes = [", ".join(f"{split} {size:,}" for split, size in each.sizes.items()) for each in sets]
+    rows = [(each.name, size, each.source, each.licence) for each, size in zip(sets, sizes, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def splits(name: str) -> tuple[str, ...]:
     """The splits of the set called `name`; a JSON lines file has one, 'test'."""
     return ("test",) if _is_path(name) else tuple(describe(name).sizes)
@@ -138,6 +147,12 @@ class Check:
     def passed(self) -> bool:
         """True when every problem is there and grades as right."""
         return self.problems == self.expected and not self.wrong
+
+    def line(self) -> str:
+        """The verdict with its counts."""
+        counts = f"{self.problems:,} of {self.expected:,} problems, {self.graded:,} texts graded"
+        verdict = "passed" if self.passed else "failed"
+        return f"{self.name} {self.split}: {verdict}; {counts}, {len(self.wrong)} wrong, {len(self.explained)} explained"
 
 
 def check(names: Sequence[str] = NAMES, data_dir: str | Path | None = None, progress: Progress = silent) -> list[Check]:
