@@ -76,7 +76,7 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
     )
     with Run(Path(settings.out), "calibrate", {**decisive, "fingerprint": fingerprint(home)}, facts) as at:
         engine = pick(settings.engine, valve, settings.slots)
-        rows = sample_rows(at, engine, problems, requests_for(problems, settings, valve.tokenizer, alphas), progress)
+        rows = sample_rows(at, engine, problems, requests_for(problems, settings, valve.tokenizer, alphas, paired=True), progress)
         decoding = (
             f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to "
             f"{settings.max_new_tokens} new tokens, {settings.samples} per question, prompt '{settings.prompt}', seed {settings.seed}"

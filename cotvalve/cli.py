@@ -7,6 +7,7 @@ user can mend is one line and exit code 2; a stopped command goes on when it is 
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -176,6 +177,8 @@ def data_fetch(
 def main() -> None:
     """The `cotvalve` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Deprecations between transformers and peft are for their developers, not for whoever runs a verb.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         _register()
         code = app(standalone_mode=False)

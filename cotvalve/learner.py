@@ -16,7 +16,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from cotvalve.batches import IGNORED, collate
@@ -90,6 +90,8 @@ class ValveTrainer(Trainer):
     def __init__(self, valve: Valve, card: Card, skip: SkipBadSteps, **kwargs: Any) -> None:
         super().__init__(model=Learner(valve), data_collator=collate, callbacks=[skip], **kwargs)
         skip.trainer = self
+        # The library prints nothing: losses reach the user through `progress`.
+        self.remove_callback(PrinterCallback)
         self.valve, self.card = valve, card
         # compute_loss divides by the tokens of the whole step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True

@@ -89,16 +89,22 @@ class MixSettings(Sampling):
 
 
 def requests_for(
-    problems: Sequence[Problem], how: Sampling, tokenizer: "PreTrainedTokenizerBase", alphas: Iterable[float] | None = None
-) -> Iterator[Request]:
-    """One request per problem, alpha and sample; its id is the row's key, its seed follows from the id."""
+    problems: Sequence[Problem], how: Sampling, tokenizer: "PreTrainedTokenizerBase",
+    alphas: Iterable[float] | None = None, *, paired: bool = False,
+) -> Iterator[Request]:  # fmt: skip
+    """One request per problem, alpha and sample; its id is the row's key, its seed follows from the id.
+
+    `paired` leaves alpha out of the seed: the same random numbers at every position, so that two positions
+    differ by the dial and not by luck. For measuring; MixChain wants chains that differ.
+    """
     way = prompt(how.prompt)
     for problem in problems:
         text = render(tokenizer, problem.question, way, how.budget)
         for alpha in how.alphas if alphas is None else alphas:
             for sample in range(how.samples):
                 key = f"{problem.id}|{alpha:g}|{sample}"
-                digest = hashlib.blake2b(f"{how.seed}|{key}".encode(), digest_size=8).digest()
+                drawn = f"{problem.id}|{sample}" if paired else key
+                digest = hashlib.blake2b(f"{how.seed}|{drawn}".encode(), digest_size=8).digest()
                 yield Request(
                     key, text, alpha, how.max_new_tokens, how.temperature, how.top_p, int.from_bytes(digest, "big") >> 1
                 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Settings(BaseModel):
     """Base of one verb's settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, coerce_numbers_to_str=True)
 
     def __init__(self, **values: Any) -> None:
         try:

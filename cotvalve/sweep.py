@@ -109,12 +109,12 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         for name, problems in sets.items():
             wanted = [0.0] if 0.0 in settings.alphas or not directions else []
             rows[name, PLAIN] = sample_rows(
-                at, engine, problems, requests_for(problems, settings, valve.tokenizer, wanted), progress, f"{name}|{PLAIN}|"
+                at, engine, problems, requests_for(problems, settings, valve.tokenizer, wanted, paired=True), progress, f"{name}|{PLAIN}|"
             )
             for other in others:
                 how = settings.but(prompt=other.prompt, budget=other.budget)
                 found = sample_rows(
-                    at, engine, problems, requests_for(problems, how, valve.tokenizer, [0.0]), progress, f"{name}|{other.name}|"
+                    at, engine, problems, requests_for(problems, how, valve.tokenizer, [0.0], paired=True), progress, f"{name}|{other.name}|"
                 )
                 rows[name, other.name] = [{**row, "alpha": None} for row in found]
         del engine, valve
@@ -122,7 +122,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
             turned = settings.load_valve(where)
             engine = pick(settings.engine, turned, settings.slots)
             for name, problems in sets.items():
-                asked = requests_for(problems, settings, turned.tokenizer, [a for a in settings.alphas if a != 0])
+                asked = requests_for(problems, settings, turned.tokenizer, [a for a in settings.alphas if a != 0], paired=True)
                 found = sample_rows(at, engine, problems, asked, progress, f"{name}|{label}|")
                 rows[name, label] = [*rows[name, PLAIN], *found]
             del engine, turned

@@ -187,19 +187,19 @@ def _fit_stage(
     autocast = dtype == torch.bfloat16 and device.type == "cuda"
     # Autocast makes bf16 of the adapters' fp32 weights; PEFT's own cast of the input to fp32 would only be undone.
     casting = disable_input_dtype_casting(valve.peft_model) if valve.adapted and autocast else nullcontext()
-    trainer = ValveTrainer(
-        valve, card, skip, train_dataset=rows,
-        args=TrainingArguments(
-            output_dir=str(home), per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro,
-            num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
-            max_grad_norm=settings.clip, bf16=autocast,
-            use_cpu=device.type == "cpu", seed=settings.seed, data_seed=settings.seed,
-            save_strategy="steps", save_steps=settings.checkpoint_every, save_total_limit=1,
-            logging_steps=5, report_to=[], disable_tqdm=True,
-            remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
-        ),
+    arguments = TrainingArguments(
+        output_dir=str(home), per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro,
+        num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip, bf16=autocast,
+        use_cpu=device.type == "cpu", seed=settings.seed, data_seed=settings.seed,
+        save_strategy="steps", save_steps=settings.checkpoint_every, save_total_limit=1,
+        logging_steps=5, report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
     )  # fmt: skip
+    # DataParallel, the Trainer's choice on a host with several GPUs, would part the rows from their alphas.
+    arguments._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
+    trainer = ValveTrainer(valve, card, skip, train_dataset=rows, args=arguments)
     progress(stage.name, 0, max(1, math.ceil(count / settings.batch * settings.epochs)), f"{count} examples, {tokens:,} tokens")
     last = _last_checkpoint(home)
     with disk(home), casting:

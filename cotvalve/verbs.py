@@ -1,5 +1,9 @@
 """Two short verbs: `extract` (a direction from two checkpoints) and `fuse` (a plain checkpoint at one alpha)."""
 
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cotvalve.errors import DataError
@@ -31,14 +35,14 @@ def extract(settings: ExtractSettings, progress: Progress = silent) -> Path:
     """Writes the direction and `extraction.json` with the energy kept; returns the folder."""
     from cotvalve.extraction import extract as extracted
 
-    folder = _empty(Path(settings.out))
     modules = [part.strip() for part in settings.modules.split(",") if part.strip()]
     found = extracted(
         settings.base, settings.reasoner, rank=settings.rank, modules=modules or None, toward=settings.toward,
         seed=settings.seed, progress=progress,
     )  # fmt: skip
-    with disk(folder):
-        return found.save(folder)
+    with _whole(Path(settings.out)) as part:
+        found.save(part)
+    return Path(settings.out)
 
 
 class FuseSettings(ModelSettings):
@@ -54,18 +58,24 @@ class FuseSettings(ModelSettings):
 
 def fuse(settings: FuseSettings, progress: Progress = silent) -> Path:
     """Writes a plain transformers checkpoint with its tokenizer; returns the folder."""
-    folder = _empty(Path(settings.out))
-    progress("fuse", 0, 1)
-    valve = settings.load_valve(settings.direction)
-    with disk(folder):
-        valve.fuse(settings.alpha).save_pretrained(folder)
-        valve.tokenizer.save_pretrained(folder)
-        write_json(folder / "fused.json", {"base": settings.model, "direction": settings.direction, "alpha": settings.alpha})
-    progress("fuse", 1, 1)
-    return folder
+    with _whole(Path(settings.out)) as part:
+        progress("fuse", 0, 1)
+        valve = settings.load_valve(settings.direction)
+        valve.fuse(settings.alpha).save_pretrained(part)
+        valve.tokenizer.save_pretrained(part)
+        write_json(part / "fused.json", {"base": settings.model, "direction": settings.direction, "alpha": settings.alpha})
+        progress("fuse", 1, 1)
+    return Path(settings.out)
 
 
-def _empty(folder: Path) -> Path:
+@contextmanager
+def _whole(folder: Path) -> Generator[Path]:
+    """A folder to write into that becomes `folder` at the end: a killed command leaves nothing half done there."""
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder}: not empty; name another --out")
-    return folder
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    with disk(folder):
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, folder)

@@ -1,6 +1,6 @@
 r"""CoT-Valve on one page: theta + alpha * delta, one alpha per row, learned, sampled and learned again.
 
-    python examples/one_page.py            # two minutes or so on a CPU
+    python examples/one_page.py            # two or three minutes on a CPU
     python examples/one_page.py --quick    # seconds: the same with less data
 
 The embedded reasoner (4.5 M parameters) answers word problems with long chains. The script trains a LoRA on the
@@ -12,9 +12,8 @@ Left out, and where the package has it:
 - alpha per token, packed rows; alpha 0 bit for bit with NaN in the LoRA; refusing merged adapters       valve.py
 - an existing pair (theta2 - theta1) instead of training, exact or of low rank           taskvector.py, extraction.py
 - CoT-Valve+P, the authors' data, learning rates that rise and fall, resuming                    recipes.py, train.py
-- chains kept on disk as they end; counts of what was dropped, and why                                  mixchain.py
+- chains kept on disk as they end; counts of what was dropped; answers other than numbers   mixchain.py, grading.py
 - slots that refill while other chains still run, CUDA graphs, seeds per chain                            engines/
-- answers that are no whole number                                                                       grading.py
 - 95 % intervals, paired tests, baselines, a report; alpha chosen on held-out questions          sweep.py, calibrate.py
 """
 
@@ -37,7 +36,6 @@ from cotvalve.types import Problem
 REASONER = Path(cotvalve.__path__[0]) / "assets" / "tiny" / "reasoner"
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BATCH = 80  # chains sampled at once
-EPOCHS = 3
 Example = tuple[Problem, str, float]  # problem, chain, the alpha it is learned at
 Sample = tuple[Problem, float, str, int]  # problem, alpha, chain, tokens
 
@@ -93,7 +91,7 @@ def train(valve: Valve, tokenizer: PreTrainedTokenizerBase, examples: list[Examp
     optimizer = torch.optim.AdamW(learned, lr=1.5e-3, weight_decay=0.01)
     loss = torch.zeros(())
     order = Random(seed)
-    for _ in range(EPOCHS):
+    for _ in range(3):
         order.shuffle(rows)
         for at in range(0, len(rows), 8):
             batch = rows[at : at + 8]

@@ -141,7 +141,7 @@ def test_fingerprint_sees_content_and_order() -> None:
 def test_unknown_names_offer_the_nearest() -> None:
     with pytest.raises(SettingError, match="unknown data set 'gsm8': did you mean 'gsm8k'"):
         problems.load("gsm8")
-    with pytest.raises(SettingError, match=r"unknown split of prm12k 'test'.*Known: train"):
+    with pytest.raises(SettingError, match=r"unknown split of prm12k 'test'.*Known: heldout, train"):
         problems.load("prm12k")
     assert problems.splits("gsm8k") == ("train", "test")
     assert problems.splits("mine.jsonl") == ("test",)
@@ -264,7 +264,7 @@ def test_the_data_commands_show_sets_and_verdicts(folder: Path) -> None:
 
     lacking = CliRunner().invoke(data_app, ["check", "gsm8k", "--data-dir", str(folder)])
     assert lacking.exit_code == 1
-    assert "gsm8k test: failed; 2 of 1,319 problems" in lacking.output
+    assert "gsm8k test: failed; 4 of 1,319 problems" in lacking.output
 
 
 def test_the_docs_name_every_set_and_every_exception() -> None:
