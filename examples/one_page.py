@@ -88,7 +88,7 @@ def train(valve: Valve, tokenizer: PreTrainedTokenizerBase, examples: list[Examp
         told = tokenizer(chain + "<|im_end|>", add_special_tokens=False)["input_ids"]
         rows.append((asked + told, len(asked), alpha))
     learned = [p for p in valve.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1.5e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.01)
     loss = torch.zeros(())
     order = Random(seed)
     for _ in range(3):
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less data: seconds instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     how = parser.parse_args()
-    learn, mix, test = (64, 12, 8) if how.quick else (128, 64, 40)
+    learn, mix, test = (64, 12, 8) if how.quick else (96, 64, 40)
     torch.manual_seed(how.seed)
     logging.disable_progress_bar()
     began = time.monotonic()

@@ -1,0 +1,68 @@
+"""extract, fuse and sweep on the embedded models, as a user runs them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cotvalve import sweep
+from cotvalve.errors import DataError, DirectionMismatch, SettingError
+from cotvalve.valve import Valve
+from cotvalve.verbs import ExtractSettings, FuseSettings, extract, fuse
+
+
+@pytest.fixture(scope="module")
+def pair_direction(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded pair's difference at rank 8."""
+    return extract(ExtractSettings(base="tiny", reasoner="tiny-reasoner", rank=8, out=str(tmp_path_factory.mktemp("x") / "d")))
+
+
+def test_extract_makes_a_direction_that_turns_and_says_what_it_kept(pair_direction: Path) -> None:
+    told = json.loads((pair_direction / "extraction.json").read_text())
+    assert told["rank"] == 8
+    assert 0 < told["energy"] < told["energy_within_modules"] < 1
+    valve = Valve.load("tiny", pair_direction)
+    brief, _ = valve.generate("What is 2 + 3?", alpha=[0.0, 1.0], prompt="plain", max_new_tokens=24)
+    assert brief.text == Valve.load("tiny").generate("What is 2 + 3?", prompt="plain", max_new_tokens=24)[0].text
+
+
+def test_extract_and_fuse_refuse_a_folder_with_something_in_it(tmp_path: Path, pair_direction: Path) -> None:
+    (tmp_path / "kept").write_text("x")
+    with pytest.raises(DataError, match="not empty; name another --out"):
+        extract(ExtractSettings(base="tiny", reasoner="tiny-reasoner", out=str(tmp_path)))
+    with pytest.raises(DataError, match="not empty; name another --out"):
+        fuse(FuseSettings(model="tiny", direction=str(pair_direction), out=str(tmp_path)))
+
+
+def test_a_failed_extract_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingError):
+        extract(ExtractSettings(base="tiny", reasoner="tiny-reasoner", rank=0, out=str(tmp_path / "d")))
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_fused_model_answers_and_has_no_dial_any_more(tmp_path: Path) -> None:
+    folder = fuse(FuseSettings(model="tiny-reasoner", direction="tiny-valve", alpha=1.0, out=str(tmp_path / "fused")))
+    question = "Tom has 12 apples. He buys 7 more. How many apples does he have?"
+    fused = Valve.load(folder, dtype="float32").generate(question, prompt="plain", max_new_tokens=200)[0]
+    turned = Valve.load("tiny-reasoner", "tiny-valve").generate(question, alpha=1.0, prompt="plain", max_new_tokens=200)[0]
+    assert fused.text == turned.text
+    with pytest.raises(DirectionMismatch, match=r"was fused at alpha 1\.0 and has no dial any more"):
+        Valve.load(folder, "tiny-valve")
+
+
+def test_a_report_is_made_again_from_the_rows_alone(tmp_path: Path) -> None:
+    settings = sweep.SweepSettings(
+        model="tiny-reasoner", direction="++=tiny-valve", data="arithmetic", prompt="plain", limit=3, alphas="0,1",
+        max_new_tokens=40, baselines="shortcut", slots=8, out=str(tmp_path / "s"),
+    )  # fmt: skip
+    folder = sweep.run(settings).parent
+    points = (folder / "points.json").read_text()
+    assert {(p["system"], p["alpha"]) for p in json.loads(points)["points"] if p["dataset"] == "arithmetic"} == {
+        ("plain model", None), ("prompt: shortcut", None), ("++", 0.0), ("++", 1.0),
+    }  # fmt: skip
+    sweep.redo(folder)
+    assert (folder / "points.json").read_text() == points
+    for left in folder.glob("rows.sqlite*"):
+        left.unlink()
+    sweep.redo(folder)
+    assert (folder / "points.json").read_text() == points
