@@ -17,7 +17,7 @@ from pathlib import Path
 from cotvalve.baselines import PLAIN, PROMPTED, baselines
 from cotvalve.direction import Direction, check_fits, load_direction
 from cotvalve.engines import pick
-from cotvalve.errors import SettingError
+from cotvalve.errors import DataError, SettingError
 from cotvalve.mixchain import Sampling, requests_for, sample_rows
 from cotvalve.problems import fingerprint, load
 from cotvalve.records import Json, RowStore, Run, read_json, read_parquet, write_json, write_parquet
@@ -65,6 +65,8 @@ def redo(folder: Path) -> Path:
     Reads `rows.sqlite`, or `rows.parquet` in a folder that was published without it.
     """
     found = read_json(folder / "run.json")
+    if found["verb"] != "sweep":
+        raise DataError(f"{folder}: holds a run of '{found['verb']}', not 'sweep'; name a sweep's folder")
     settings = SweepSettings.read({**found["settings"], "out": str(folder)})
     rows: dict[tuple[str, str], list[Json]] = {}
     if (folder / "rows.sqlite").exists():

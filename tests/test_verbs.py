@@ -66,3 +66,9 @@ def test_a_report_is_made_again_from_the_rows_alone(tmp_path: Path) -> None:
         left.unlink()
     sweep.redo(folder)
     assert (folder / "points.json").read_text() == points
+
+
+def test_a_report_of_another_verbs_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"verb": "train", "settings": {}, "facts": {}}')
+    with pytest.raises(DataError, match="holds a run of 'train', not 'sweep'"):
+        sweep.redo(tmp_path)
