@@ -215,7 +215,7 @@ STATED = {
     ("llama-3.2-1b-instruct", "valve"): (32, 64, 4e-5, 8, 0.01, 4),
     ("llama-3.2-1b-instruct", "progressive"): (32, 64, 4e-5, 64, 0.01, 2),
     ("llama-3.2-1b-instruct", "sft"): (32, 64, 1e-5, 64, 0.01, 8),
-    ("qwen2.5-coder-1.5b", "plus"): (16, 32, 1e-4, 64, 0.01, 1),
+    ("qwen2.5-coder-1.5b", "plus"): (4, 16, 1e-4, 64, 0.01, 1),
 }
 
 
