@@ -1,13 +1,14 @@
 """Examples as batches: token ids, labels and one alpha per row, or per token where several examples share a row.
 
 Rows are padded on the right and carry no attention mask (causal attention never looks right, and the fused
-kernels need no mask), or packed into one row with restarting positions.
+kernels need no mask), or stand one behind the other with restarting positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of positions that are not learned."""
+COARSE = 1024
+"""The longest row of a flat batch is given to the attention kernel as a multiple of this: it bounds, and may be larger."""
 
 
 def encode(stage: Stage, tokenizer: PreTrainedTokenizerBase, ask: str, max_length: int) -> tuple[list[Json], int]:
@@ -67,17 +70,85 @@ def pack(rows: Sequence[Json], length: int) -> list[Json]:
     ]
 
 
+def portions(rows: Sequence[Json], tokens: int, most: int | None = None, *, flat: bool = False) -> list[list[Json]]:
+    """The rows of an optimizer step in portions of `tokens` at once, padding counted (there is none when `flat`).
+
+    Longest rows first, as few portions as that allows, and no smaller last one: a GPU is slow at a few rows.
+    `most` bounds the rows of a portion. A row longer than `tokens` is a portion of its own.
+    """
+    longest_first = sorted(rows, key=lambda row: -len(row["input_ids"]))
+
+    def cut(room: int) -> list[list[Json]]:
+        parts: list[list[Json]] = []
+        free = 0
+        for row in longest_first:
+            size = len(row["input_ids"])
+            taken = len(parts[-1][0]["input_ids"]) if parts and not flat else size
+            if parts and taken <= free and (most is None or len(parts[-1]) < most):
+                parts[-1].append(row)
+                free -= taken
+            else:
+                parts.append([row])
+                free = room - size
+        return parts
+
+    fewest = len(cut(tokens))
+    # The least room that needs no more portions makes them even.
+    low, high = 1, tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= fewest else (middle + 1, high)
+    return cut(low)
+
+
 def collate(rows: Sequence[Json]) -> dict[str, Tensor]:
-    """Pads on the right: input_ids and labels [B, T]; alpha [B], or [B, T] and position_ids for packed rows."""
+    """Pads on the right: input_ids and labels [B, T]; alpha [B], or [B, T] and position_ids for packed rows.
+
+    `places` says which of the B * T positions, counted through, predict a token that is learned.
+    """
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(name: str, value: int | float) -> Tensor:
         return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
 
     batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
+    batch["places"] = places(batch["labels"])
     if "position_ids" in rows[0]:
         batch["position_ids"] = padded("position_ids", 0)
         batch["alpha"] = padded("alpha", 0.0)
     else:
         batch["alpha"] = torch.tensor([row["alpha"] for row in rows])
     return batch
+
+
+def collate_flat(rows: Sequence[Json]) -> dict[str, Any]:
+    """Rows one behind the other: input_ids, labels, alpha and position_ids [1, N] without padding.
+
+    `starts` [rows + 1] says where they begin, and where the last one ends; `longest` bounds their lengths.
+    """
+    positions = [i for row in rows for i in row.get("position_ids", range(len(row["input_ids"])))]
+    alphas = [alpha for row in rows for alpha in _per_token(row)]
+    starts = [i for i, position in enumerate(positions) if position == 0] + [len(positions)]
+    longest = max(end - start for start, end in pairwise(starts))
+    labels = torch.tensor([[label for row in rows for label in row["labels"]]])
+    labels[0, starts[:-1]] = IGNORED  # no token stands before the first one of a row
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": labels,
+        "places": places(labels),
+        "position_ids": torch.tensor([positions]),
+        "alpha": torch.tensor([alphas]),
+        "starts": torch.tensor(starts, dtype=torch.int32),
+        # In coarse steps: every other value would be compiled anew.
+        "longest": -(-longest // COARSE) * COARSE,
+    }
+
+
+def _per_token(row: Json) -> list[float]:
+    return row["alpha"] if isinstance(row["alpha"], list) else [row["alpha"]] * len(row["input_ids"])
+
+
+def places(labels: Tensor) -> Tensor:
+    """Positions of `labels` [B, T], counted through, whose next token in the row is learned."""
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return (following != IGNORED).flatten().nonzero()[:, 0]

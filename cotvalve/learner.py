@@ -7,7 +7,8 @@ the portions it is computed in. Alphas are set around every forward and backward
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from cotvalve.batches import IGNORED, collate
+from cotvalve.batches import IGNORED, collate, collate_flat, portions
+from cotvalve.batches import places as learned_places
 from cotvalve.direction import CARD, Card
-from cotvalve.records import disk
+from cotvalve.errors import EngineError
+from cotvalve.headloss import LOSS_SLICE, HeadLoss
+from cotvalve.lean import Position
+from cotvalve.records import Json, disk
 from cotvalve.types import Progress
 from cotvalve.valve import Valve
-
-LOSS_SLICE = 2048
-"""Completion tokens whose logits exist at a time: 2,048 x 152k x 4 bytes = 1.2 GB."""
 
 
 class Learner(nn.Module):
@@ -40,21 +43,26 @@ class Learner(nn.Module):
         self.plain_head = not any(getattr(config, name, None) for name in scaled)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, divisor: Tensor | float, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """Summed cross-entropy of the labelled positions over `divisor`.
+        self, input_ids: Tensor, labels: Tensor, divisor: Tensor | float, places: Tensor | None = None,
+        position_ids: Tensor | None = None, **rows: Any,
+    ) -> Tensor:  # fmt: skip
+        """Summed cross-entropy of the labelled positions over `divisor`. `rows` tells our attention where rows start.
 
         Logits are made for those positions alone and a slice at a time: 150k-word vocabularies would fill
         the memory otherwise.
         """
         if not self.plain_head:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows).logits[:, :-1]
             return _cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()) / divisor
-        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-        learned = labels[:, 1:] != IGNORED
-        states, targets = hidden[:, :-1][learned], labels[:, 1:][learned]
+        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows)[0]
+        places = learned_places(labels) if places is None else places
+        # Where to look was counted before the batch went to the GPU: a mask would stop and ask it how many there are.
+        states, targets = hidden.flatten(0, 1).index_select(0, places), labels.flatten()[places + 1]
         head = self.model.get_output_embeddings()
         assert head is not None
+        if isinstance(head, nn.Linear) and not head.weight.requires_grad:
+            loss: Any = HeadLoss.apply(states, targets, head.weight, head.bias)
+            return loss / divisor
         total = states.new_zeros((), dtype=torch.float32)
         for part, wanted in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
             total = total + checkpoint(lambda s, t: _cross_entropy(head(s), t), part, wanted, use_reentrant=False)
@@ -74,7 +82,7 @@ class _Order(LengthGroupedSampler):
 
     def __init__(self, trainer: ValveTrainer) -> None:
         rows: Any = trainer.train_dataset
-        step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+        step = trainer.args.train_batch_size
         super().__init__(step, lengths=[len(row["input_ids"]) for row in rows])
         self.trainer, self.steps = trainer, math.ceil(len(self.lengths) / step)
 
@@ -84,34 +92,85 @@ class _Order(LengthGroupedSampler):
         return super().__iter__()
 
 
-class ValveTrainer(Trainer):
-    """The Trainer with one alpha per row (or token) around every forward and backward pass."""
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of one optimizer step, as the data loader hands them over; batches are made of them when it runs."""
 
-    def __init__(self, valve: Valve, card: Card, skip: SkipBadSteps, **kwargs: Any) -> None:
-        super().__init__(model=Learner(valve), data_collator=collate, callbacks=[skip], **kwargs)
+    rows: Sequence[Json]
+
+
+@dataclass(slots=True)
+class AtOnce:
+    """How much of an optimizer step is computed at once. The step is the same for any of it."""
+
+    tokens: int
+    """Padding counted. Halved where memory does not hold it."""
+    rows: int | None = None
+    flat: bool = False
+    """Rows one behind the other instead of padded ones."""
+
+
+class ValveTrainer(Trainer):
+    """The Trainer with one alpha per row (or token) around every forward and backward pass.
+
+    One batch of the Trainer's is a whole optimizer step; here it is parted by tokens.
+    """
+
+    def __init__(self, valve: Valve, card: Card, skip: SkipBadSteps, at_once: AtOnce, position: Position, **kwargs: Any) -> None:
+        super().__init__(model=Learner(valve), data_collator=_together, callbacks=[skip], **kwargs)
         skip.trainer = self
         # The library prints nothing: losses reach the user through `progress`.
         self.remove_callback(PrinterCallback)
-        self.valve, self.card = valve, card
-        # compute_loss divides by the tokens of the whole step, so the Trainer must not divide again.
+        self.valve, self.card, self.skip, self.at_once, self.position = valve, card, skip, at_once, position
+        # The loss is divided by the tokens of the whole step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> _Order:  # noqa: ARG002
         return _Order(self)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        alpha = inputs.pop("alpha")
-        if self.valve.dial is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        # Around the backward pass too: gradient checkpointing runs the forward again inside it.
-        with self.valve.at(alpha.to(self.args.device)):
-            return super().training_step(model, inputs, num_items_in_batch)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
+        """Loss and gradients of an optimizer step. EngineError when not even one row fits the memory."""
+        model.train()
+        rows: Sequence[Json] = inputs["step"].rows
+        while True:
+            parts = portions(rows, self.at_once.tokens, self.at_once.rows, flat=self.at_once.flat)
+            try:
+                return self._learn(model, parts)
+            except TorchDynamoException as error:
+                note = f"the layers could not be compiled ({' '.join(str(error).split()[:30])}): going on without"
+                self.position.interpret()
+            except torch.OutOfMemoryError as error:
+                if max(map(len, parts)) == 1:
+                    longest = max(len(row["input_ids"]) for row in rows)
+                    raise EngineError(
+                        f"one example of {longest} tokens does not fit the memory while training; set "
+                        f"gradient_checkpointing, or a max_length under {longest}, or take a larger GPU"
+                    ) from error
+                largest = max(len(part) * len(part[0]["input_ids"]) for part in parts)
+                self.at_once.tokens = max(1, min(self.at_once.tokens, largest) // 2)
+                note = f"out of memory: going on with {self.at_once.tokens:,} tokens at once, for the same steps"
+            # Outside of the handlers: an error holds on to the frames, and they to their tensors.
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            self.skip.progress(self.skip.stage, self.state.global_step, self.state.max_steps, note)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None,  # noqa: ARG002
-    ) -> Any:  # fmt: skip
-        divisor = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != IGNORED).sum()
-        return model(**inputs, divisor=divisor)
+    def _learn(self, model: nn.Module, parts: Sequence[Sequence[Json]]) -> Tensor:
+        device = self.args.device
+        total = torch.zeros((), device=device)
+        tokens = sum(label != IGNORED for rows in parts for row in rows for label in row["labels"][1:])
+        for rows in parts:
+            batch = {
+                name: _to(value, device) if isinstance(value, Tensor) else value
+                for name, value in (collate_flat(rows) if self.at_once.flat else collate(rows)).items()
+            }
+            alpha = batch.pop("alpha")
+            # Around the backward pass too: gradient checkpointing runs the forward again inside it.
+            with self.position.at(alpha):
+                with self.compute_loss_context_manager():
+                    loss = model(**batch, divisor=tokens)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -124,6 +183,15 @@ class ValveTrainer(Trainer):
         else:
             plain = type(self.valve.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
             self.valve.model.load_state_dict(plain.state_dict())
+
+
+def _together(rows: Sequence[Json]) -> dict[str, StepRows]:
+    return {"step": StepRows(rows)}
+
+
+def _to(value: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory the copy waits for nothing that the GPU still has to do.
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
 
 
 def save_learned(valve: Valve, card: Card, folder: Path) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,8 @@ from transformers import TrainingArguments
 from cotvalve.batches import IGNORED, encode, pack
 from cotvalve.direction import Card
 from cotvalve.errors import DataError, SettingError
-from cotvalve.learner import SkipBadSteps, ValveTrainer, save_learned
+from cotvalve.lean import Position, can_lie_flat, lean
+from cotvalve.learner import AtOnce, SkipBadSteps, ValveTrainer, save_learned
 from cotvalve.problems import fingerprint, training
 from cotvalve.prompts import thinks
 from cotvalve.records import Json, Run, disk, read_json, write_json
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from cotvalve.recipes import Stage
 
 TOKENS_AT_ONCE = 16384
-"""Tokens of one forward pass on a GPU when micro_batch is not given."""
+"""Tokens of one forward pass on a GPU, padding counted; a quarter of that elsewhere."""
+WORTH_COMPILING = 3e16
+"""Floating-point operations, two minutes of an H100, above which a minute of compiling comes back."""
 
 
 class FitSettings(Settings):
@@ -73,13 +76,15 @@ class FitSettings(Settings):
     batch: int = 64
     """Examples per optimizer step."""
     micro_batch: int | None = None
-    """Rows in memory at once; by default sized from the longest example."""
+    """Most rows in memory at once; by default as many as make 16,384 tokens (4,096 on a CPU). Changes no result."""
     max_length: int = 4096
     """Examples with more tokens are left out, and counted."""
     packing: bool = False
     """Pack several examples into one row of max_length tokens, each with its own alpha."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile the layers before training: about a minute, for a third less time a step on a GPU. auto weighs it up."""
     checkpoint_every: int = 50
     """Optimizer steps between two checkpoints."""
     seed: int = 0
@@ -156,8 +161,18 @@ def fit(
     if settings.gradient_checkpointing:
         valve.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     report: Json = {"stages": []}
-    for number, stage in enumerate(stages):
-        report["stages"].append(_fit_stage(valve, stage, number, settings, folder, card, ask, progress, dtype, device))
+    flat = can_lie_flat(valve.model)
+    work = 4 * valve.billions() * 1e9 * settings.epochs * sum(e.chain.tokens for stage in stages for e in stage.examples)
+    compiled = settings.compile == "yes" or (settings.compile == "auto" and device.type == "cuda" and work > WORTH_COMPILING)
+    with lean(valve, compiled=compiled, flat=flat) as position, ExitStack() as stack:
+        # Where each layer is ours, the model runs in its own 16 bits. Autocast does the same for PEFT's layers, whose
+        # own cast of the input to fp32 would only be undone.
+        autocast = dtype == torch.bfloat16 and device.type == "cuda" and (settings.full or position.others > 0)
+        if autocast and valve.adapted:
+            stack.enter_context(disable_input_dtype_casting(valve.peft_model))
+        how = How(device, flat, autocast, position)
+        for number, stage in enumerate(stages):
+            report["stages"].append(_fit_stage(valve, stage, number, settings, folder, card, ask, progress, how))
     if settings.gradient_checkpointing:
         valve.model.gradient_checkpointing_disable()
     valve.model.eval()
@@ -167,9 +182,19 @@ def fit(
     return report
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """What the model and the device allow."""
+
+    device: torch.device
+    flat: bool
+    autocast: bool
+    position: Position
+
+
 def _fit_stage(
     valve: Valve, stage: Stage, number: int, settings: FitSettings, folder: Path, card: Card, ask: str,
-    progress: Progress, dtype: torch.dtype, device: torch.device,
+    progress: Progress, how: How,
 ) -> Json:  # fmt: skip
     home = folder / f"stage-{number}"
     rows, too_long = encode(stage, valve.tokenizer, ask, settings.max_length)
@@ -180,29 +205,24 @@ def _fit_stage(
     if settings.packing:
         rows = pack(rows, settings.max_length)
         batch = max(1, round(settings.batch * len(rows) / count))
-    longest = max(len(row["input_ids"]) for row in rows)
-    micro = min(batch, settings.micro_batch or max(1, (TOKENS_AT_ONCE if device.type == "cuda" else TOKENS_AT_ONCE // 4) // longest))
-    micro = next(size for size in range(micro, 0, -1) if batch % size == 0)
     skip = SkipBadSteps(stage.name, progress)
-    autocast = dtype == torch.bfloat16 and device.type == "cuda"
-    # Autocast makes bf16 of the adapters' fp32 weights; PEFT's own cast of the input to fp32 would only be undone.
-    casting = disable_input_dtype_casting(valve.peft_model) if valve.adapted and autocast else nullcontext()
+    at_once = AtOnce(TOKENS_AT_ONCE if how.device.type == "cuda" else TOKENS_AT_ONCE // 4, settings.micro_batch, how.flat)
     arguments = TrainingArguments(
-        output_dir=str(home), per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro,
+        output_dir=str(home), per_device_train_batch_size=batch,
         num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip, bf16=autocast,
-        use_cpu=device.type == "cpu", seed=settings.seed, data_seed=settings.seed,
+        max_grad_norm=settings.clip, bf16=how.autocast,
+        use_cpu=how.device.type == "cpu", seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps", save_steps=settings.checkpoint_every, save_total_limit=1,
         logging_steps=5, report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     # DataParallel, the Trainer's choice on a host with several GPUs, would part the rows from their alphas.
     arguments._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
-    trainer = ValveTrainer(valve, card, skip, train_dataset=rows, args=arguments)
+    trainer = ValveTrainer(valve, card, skip, at_once, how.position, train_dataset=rows, args=arguments)
     progress(stage.name, 0, max(1, math.ceil(count / settings.batch * settings.epochs)), f"{count} examples, {tokens:,} tokens")
     last = _last_checkpoint(home)
-    with disk(home), casting:
+    with disk(home):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         # A last checkpoint marks the stage as done: run again, the Trainer finds no step left in it.
         if last is None or int(last.name.rpartition("-")[2]) < trainer.state.global_step:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cotvalve import Valve
 from cotvalve.batches import IGNORED, collate, encode, pack
 from cotvalve.direction import Card, Direction
-from cotvalve.errors import DataError, DirectionMismatch, SettingError
+from cotvalve.errors import DataError, DirectionMismatch, EngineError, SettingError
 from cotvalve.learner import Learner, save_learned
 from cotvalve.prompts import prompt, render
 from cotvalve.recipes import Example, Stage, beta, plus, progressive
@@ -173,7 +173,7 @@ def test_heads_that_scale_their_logits_take_the_model_s_own(monkeypatch: pytest.
 def test_logits_in_slices_are_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     valve, batch = turned(), collate(rows(stage()))
     whole = loss_and_gradients(valve, batch)
-    monkeypatch.setattr("cotvalve.learner.LOSS_SLICE", 7)
+    monkeypatch.setattr("cotvalve.headloss.LOSS_SLICE", 7)
     sliced = loss_and_gradients(valve, batch)
     assert math.isclose(sliced[0], whole[0], rel_tol=1e-6)
     assert_same_gradients(sliced[1], whole[1])
@@ -354,6 +354,97 @@ def test_a_skipped_step_leaves_the_weights_alone(tmp_path: Path) -> None:
     report = fit(sick, [Stage("s", (bad, bad))], how, tmp_path, CARD, ask="plain")
     assert report["stages"][0]["steps_skipped"] == [1, 2]
     assert all(torch.equal(start[name], weight) for name, weight in learned(sick).items())
+
+
+# Memory that does not suffice
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch, room: int) -> list[int]:
+    """A GPU that holds `room` tokens, padding counted; every second failure comes in the backward pass."""
+    seen: list[int] = []
+    forward = Learner.forward
+
+    def held(self: Learner, input_ids: Tensor, **batch: object) -> Tensor:
+        seen.append(input_ids.numel())
+        if input_ids.numel() <= room:
+            return forward(self, input_ids, **batch)  # pyright: ignore[reportArgumentType]
+        if len(seen) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        loss = forward(self, input_ids, **batch)  # pyright: ignore[reportArgumentType]
+        first = self.model.get_input_embeddings()
+
+        def burst(_gradient: Tensor) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        assert first is not None
+        next(p for n, p in self.model.named_parameters() if "layers.0" in n and "q_proj.lora_B" in n).register_hook(burst)
+        return loss
+
+    monkeypatch.setattr(Learner, "forward", held)
+    return seen
+
+
+def test_out_of_memory_takes_smaller_portions_of_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how: dict[str, object] = {"batch": 8, "epochs": 5, "learning_rate": 1e-3}
+    whole, report = trained(tmp_path / "whole", stage(alpha=[0.5, 1.0] * 4), **how)
+    longest = max(len(row["input_ids"]) for row in rows(stage()))
+    narrow(monkeypatch, 3 * longest)
+    notes: list[str] = []
+    less, other = trained(
+        tmp_path / "less", stage(alpha=[0.5, 1.0] * 4), progress=lambda _task, _done, _total, note="": notes.append(note), **how
+    )
+    said = [note for note in notes if "out of memory" in note]
+    assert len(said) == 2, "from 8 rows to 4, and from 4 to 2 or 3; and not again in the later steps"
+    assert "tokens at once" in said[0]
+    assert other["stages"][0]["steps"] == report["stages"][0]["steps"] == 5
+    assert other["stages"][0]["steps_skipped"] == []
+    close = [float(((a - b).abs() < 1e-4).float().mean()) for a, b in zip(learned(whole).values(), learned(less).values(), strict=True)]
+    assert min(close) > 0.98
+    assert math.isclose(other["stages"][0]["last_loss"], report["stages"][0]["last_loss"], rel_tol=1e-4)
+
+
+def test_one_row_that_does_not_fit_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow(monkeypatch, 1)
+    with pytest.raises(EngineError, match=r"one example of \d+ tokens does not fit.*gradient_checkpointing.*max_length"):
+        trained(tmp_path)
+
+
+# Compiled layers
+
+
+def test_compiled_layers_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a code generator: what is tested is that layers and dial can be captured whole, and give the same."""
+    compile_ = torch.nn.Module.compile
+    graphs: list[object] = []
+
+    def counted(graph: object, _inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, backend=counted, fullgraph=True, **how))
+    torch._dynamo.reset()
+    how: dict[str, object] = {"batch": 4, "epochs": 3, "learning_rate": 1e-3}
+    whole, report = trained(tmp_path / "whole", stage(alpha=[0.5, 1.0] * 4), **how)
+    compiled, other = trained(tmp_path / "compiled", stage(alpha=[0.5, 1.0] * 4), compile="yes", **how)
+    assert 1 <= len(graphs) <= 3, "not one per layer, alpha or batch"
+    close = [float(((a - b).abs() < 1e-4).float().mean()) for a, b in zip(learned(whole).values(), learned(compiled).values(), strict=True)]
+    assert min(close) > 0.98
+    assert math.isclose(other["stages"][0]["last_loss"], report["stages"][0]["last_loss"], rel_tol=1e-4)
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.nn.Module.compile
+
+    def broken(_graph: object, _inputs: object) -> object:
+        raise OSError("no C compiler found")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, backend=broken, **how))
+    torch._dynamo.reset()
+    whole, _ = trained(tmp_path / "whole")
+    notes: list[str] = []
+    other, _ = trained(tmp_path / "other", compile="yes", progress=lambda _task, _done, _total, note="": notes.append(note))
+    assert [note for note in notes if "no C compiler found" in note and "going on without" in note]
+    assert_same_bits(whole, other)
 
 
 # Stages

@@ -1,0 +1,233 @@
+"""Training's own forward pass is PEFT's: losses and gradients agree, layers that are more than a plain LoRA are left alone."""
+
+import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from cotvalve import Valve
+from cotvalve import lean as module
+from cotvalve.batches import IGNORED, collate, collate_flat, encode, pack, portions
+from cotvalve.direction import Card, Direction
+from cotvalve.lean import LeanLinear, Position, can_lie_flat, lean
+from cotvalve.learner import Learner
+from cotvalve.recipes import Example, Stage
+from cotvalve.records import Json
+from cotvalve.types import Chain, Problem
+from cotvalve.valve import ADAPTER
+from tests import models
+
+ALPHAS = (0.0, 0.25, 0.6, 1.0, 1.5, 0.4, 0.9, -0.3)
+CARD = Card("base", "shorter", "valve")
+
+
+def rows(alphas: tuple[float, ...] = ALPHAS) -> list[Json]:
+    texts = ("2", "one, two", "it is 7 because 3 + 4", "no", "then 5 - 2 = 3 and 3 * 3 = 9", "ok, 12", "a b c d e", "42!")
+    stage = Stage(
+        "s", tuple(Example(Problem(str(i), f"q{i}?", "1"), Chain(t, 1), a) for i, (t, a) in enumerate(zip(texts, alphas, strict=True)))
+    )
+    return encode(stage, models.tokenizer(), "plain", 4096)[0]
+
+
+def turned(make: Callable[..., models.PreTrainedModel] = models.llama, dtype: torch.dtype = torch.float32, **config: object) -> Valve:
+    """A valve whose LoRA is not zero and learns; factors in fp32 as in training."""
+    wrapped = models.lora(make(), by=0.1, **config)  # pyright: ignore[reportArgumentType]
+    factors = {name.replace(".default", ""): weight for name, weight in wrapped.named_parameters() if "lora_" in name}
+    valve = Valve(make(dtype=dtype), models.tokenizer(), Direction.from_peft(wrapped.peft_config["default"], factors, CARD))
+    for name, parameter in valve.model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return valve
+
+
+def learn(valve: Valve, batch: dict[str, Tensor], alpha: float | None = None, position: Position | None = None) -> tuple[float, dict[str, Tensor]]:
+    valve.model.zero_grad()
+    batch = dict(batch)
+    own = batch.pop("alpha")
+    own = own if alpha is None else torch.full_like(own, alpha)
+    with position.at(own) if position else valve.at(own):
+        loss = Learner(valve)(**batch, divisor=100)
+        loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in valve.model.named_parameters() if p.grad is not None}
+
+
+def same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]], to: float = 1e-6) -> None:
+    """Equal up to fp32 sums in another order, of the largest entry of each gradient."""
+    assert math.isclose(one[0], other[0], rel_tol=to)
+    assert one[1].keys() == other[1].keys()
+    assert one[1]
+    for name, gradient in one[1].items():
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, other[1][name], rtol=0, atol=10 * to * float(other[1][name].abs().max()) + 1e-12)
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0, 0.0, 0.37], ids=["rows", "one", "closed", "middle"])
+@pytest.mark.parametrize("make", [models.llama, models.qwen2], ids=["llama", "qwen2 with biases"])
+def test_losses_and_gradients_are_peft_s(make: Callable[..., models.PreTrainedModel], alpha: float | None) -> None:
+    valve, batch = turned(make), collate(rows())
+    peft = learn(valve, batch, alpha)
+    with lean(valve) as position:
+        assert position.others == 0
+        ours = learn(valve, batch, alpha, position)
+    same(ours, peft)
+    assert any(bool(g.any()) for g in ours[1].values()) == (alpha != 0.0)
+    assert learn(valve, batch, alpha)[0] == peft[0], "and PEFT's again on leaving, bit for bit"
+
+
+@pytest.mark.parametrize("config", [{"use_rslora": True}, {"lora_alpha": 3}, {"rank": 1}, {"targets": ["q_proj", "down_proj"]}], ids=str)
+def test_scales_ranks_and_targets(config: dict[str, object]) -> None:
+    valve, batch = turned(**config), collate(rows())
+    peft = learn(valve, batch)
+    with lean(valve) as position:
+        same(learn(valve, batch, position=position), peft)
+
+
+def test_per_token_alphas_of_packed_rows() -> None:
+    valve, batch = turned(), collate(pack(rows(), 200))
+    peft = learn(valve, batch)
+    with lean(valve) as position:
+        same(learn(valve, batch, position=position), peft)
+
+
+def test_gradient_checkpointing_runs_the_same_layers_again() -> None:
+    valve, batch = turned(), collate(rows())
+    peft = learn(valve, batch)
+    valve.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    valve.model.train()
+    with lean(valve) as position:
+        same(learn(valve, batch, position=position), peft)
+
+
+def test_sixteen_bits_are_as_close_to_the_truth_as_peft_s() -> None:
+    """bf16 has 8 bits: both ways are compared with fp32, and ours may not be the worse one by more than a fifth."""
+    batch = collate(rows())
+    truth = learn(turned(), batch)[1]
+    valve = turned(dtype=torch.bfloat16)
+
+    def error(found: dict[str, Tensor]) -> float:
+        return math.sqrt(sum(float((g - truth[n]).square().sum()) for n, g in found.items()))
+
+    peft = error(learn(valve, batch)[1])
+    with lean(valve) as position:
+        ours = error(learn(valve, batch, position=position)[1])
+    size = math.sqrt(sum(float(g.square().sum()) for g in truth.values()))
+    assert peft / size < 0.05
+    assert ours < 1.2 * peft
+
+
+def test_a_broken_direction_does_not_reach_rows_at_alpha_0() -> None:
+    valve = turned()
+    with torch.no_grad():
+        for layer in valve.dial.layers.values() if valve.dial else ():
+            layer.lora_A[ADAPTER].weight[0, 0] = float("nan")
+    batch = collate(rows((0.0,) * 8))
+    healthy, _ = learn(turned(), batch)
+    with lean(valve) as position:
+        loss, _ = learn(valve, batch, position=position)
+    assert loss == pytest.approx(healthy, rel=1e-6)
+
+
+def test_what_is_more_than_a_plain_lora_stays_peft_s() -> None:
+    valve = turned()
+    assert valve.dial is not None
+    first, second, *_ = valve.dial.layers.values()
+    first.lora_dropout[ADAPTER] = nn.Dropout(0.1)
+    second.base_layer = type("Quantized", (nn.Linear,), {})(second.in_features, second.out_features)
+    with lean(valve) as position:
+        assert position.others == 2
+        assert type(first) is type(second) is LoraLinear
+        assert sum(isinstance(layer, LeanLinear) for layer in valve.model.modules()) == len(valve.dial.layers) - 2
+    assert not any(isinstance(layer, LeanLinear) for layer in valve.model.modules())
+
+
+def test_everything_is_undone_after_an_error() -> None:
+    valve = turned()
+    with pytest.raises(KeyboardInterrupt), lean(valve, compiled=True, flat=True):
+        raise KeyboardInterrupt
+    assert not any(isinstance(layer, LeanLinear) for layer in valve.model.modules())
+    assert valve.model.config._attn_implementation == "sdpa"
+    assert all(block._compiled_call_impl is None for block in module.blocks(valve.model))
+    assert not any("position" in vars(layer) for layer in valve.model.modules())
+
+
+# Rows one behind the other
+
+
+@contextmanager
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """PyTorch has its flat attention for GPUs alone; here each row is computed by itself."""
+
+    def each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
+        ends = starts.tolist()
+        assert ends[0] == 0
+        assert ends[-1] == len(q)
+        assert longest >= max(b - a for a, b in pairwise(ends))
+        out = [
+            nn.functional.scaled_dot_product_attention(
+                *(part[a:b].transpose(0, 1)[None] for part in (q, k, v)), is_causal=True, scale=scaling, enable_gqa=True
+            )[0].transpose(0, 1)
+            for a, b in pairwise(ends)
+        ]
+        return torch.cat(out)
+
+    monkeypatch.setattr(module, "varlen_attention", each)
+    yield
+
+
+@pytest.mark.parametrize("make", [models.llama, models.qwen2], ids=["llama", "qwen2"])
+def test_flat_rows_are_the_rows(make: Callable[..., models.PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    valve, encoded = turned(make), rows()
+    padded = learn(valve, collate(encoded))
+    batch = collate_flat(encoded)
+    assert batch["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in encoded))
+    with kernel(monkeypatch), lean(valve, flat=True) as position:
+        same(learn(valve, batch, position=position), padded)
+        same(learn(valve, collate_flat(pack(encoded, 200)), position=position), padded)
+
+
+def test_flat_rows_need_a_gpu() -> None:
+    assert not can_lie_flat(models.llama())
+    assert not can_lie_flat(models.llama(dtype=torch.bfloat16))
+
+
+# Portions of a step
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40, 100, 200, 10_000])
+def test_portions_hold_every_row_once_within_the_room(tokens: int, flat: bool) -> None:
+    encoded = rows()
+    parts = portions(encoded, tokens, flat=flat)
+    sizes = [[len(row["input_ids"]) for row in part] for part in parts]
+    assert sorted(id(row) for part in parts for row in part) == sorted(map(id, encoded))
+    for part in sizes:
+        assert len(part) == 1 or (sum(part) if flat else len(part) * max(part)) <= tokens
+    if tokens == 1:
+        assert len(parts) == len(encoded)
+    if tokens == 10_000:
+        assert len(parts) == 1
+
+
+def test_portions_are_even() -> None:
+    """Cut at the limit, 17 rows of 100 tokens in 1,600 would be 16 and 1."""
+    encoded: list[Json] = [{"input_ids": [1] * 100} for _ in range(17)]
+    assert [len(part) for part in portions(encoded, 1600)] == [9, 8]
+    assert [len(part) for part in portions(encoded, 1600, flat=True)] == [9, 8]
+    assert max(len(part) for part in portions(encoded, 1600, 4)) == 4
+
+
+def test_places_are_the_positions_before_what_is_learned() -> None:
+    encoded = rows()
+    for batch in (collate(encoded), collate_flat(encoded)):
+        labels = batch["labels"].flatten()
+        assert len(batch["places"]) == sum(label != IGNORED for row in encoded for label in row["labels"])
+        assert bool((labels[batch["places"] + 1] != IGNORED).all())
+    unasked: list[Json] = [{"input_ids": [5, 6], "labels": [5, 6], "alpha": 1.0}, {"input_ids": [7, 8], "labels": [7, 8], "alpha": 0.5}]
+    assert collate(unasked)["places"].tolist() == [0, 2]
+    assert collate_flat(unasked)["places"].tolist() == [0, 2], "the last token of a row does not predict the next row's first"
