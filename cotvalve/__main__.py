@@ -2,4 +2,6 @@
 
 from cotvalve.cli import main
 
-main()
+# Processes that vLLM spawns import this module again, under another name.
+if __name__ == "__main__":
+    main()

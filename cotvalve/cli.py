@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from cotvalve.errors import CotvalveError, unknown
-from cotvalve.progress import Drawn
-from cotvalve.settings import Settings
+from cotvalve.progress import Drawn, Notes, hush
+from cotvalve.settings import ModelSettings, Settings
 
 try:
     from typer.exceptions import TyperException as UsageProblem
@@ -31,6 +31,9 @@ data_app = typer.Typer(no_args_is_help=True, help="List, fetch and check data se
 app.add_typer(data_app, name="data")
 
 Run = Callable[[Any, Drawn], Path]
+
+FIRST = ("model", "data", "direction", "out")
+"""Flags that stand first in every verb's help."""
 
 
 def _verb(name: str, settings: type[Settings], run: Run, help: str, arguments: tuple[str, ...] = ()) -> None:
@@ -55,7 +58,8 @@ def _command(name: str, settings: type[Settings], work: Callable[[Any], None], h
         default = info.default
         if get_origin(info.annotation) is tuple:
             default = ",".join(f"{value:g}" for value in default)
-        shown = "" if default is None or default == "" else f" [default: {default}]"
+        # In round brackets: square ones are markup to whoever draws the help, and would not be shown.
+        shown = "" if default is None or default == "" else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
         text = f"{' '.join((info.description or '').split())}{'' if field in arguments else shown}"
         flag = f"--{field.replace('_', '-')}"
         kind: Any
@@ -71,9 +75,16 @@ def _command(name: str, settings: type[Settings], work: Callable[[Any], None], h
         parameters.append(
             inspect.Parameter(field, where, annotation=kind, default=inspect.Parameter.empty if field in arguments else None)
         )
-    command.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.name not in arguments))
+    command.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: _place(p.name, arguments)))
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(name, help=help)(command)
+
+
+def _place(field: str, arguments: tuple[str, ...]) -> int:
+    """Where a field stands in --help: arguments, what nearly every call gives, the verb's own, how models are loaded."""
+    if field in arguments:
+        return -len(FIRST) - 1
+    return FIRST.index(field) - len(FIRST) if field in FIRST else int(field in ModelSettings.model_fields)
 
 
 def _done(path: Path) -> None:
@@ -87,7 +98,14 @@ def _register() -> None:
 
     for name, verb in pipeline.VERBS.items():
         _verb(name, verb.settings(), verb.run, verb.help, verb.arguments)
-    _command("serve", serve.ServeSettings, lambda settings: serve.run(settings, _say), "OpenAI-compatible HTTP with alpha on each request, and a page with the dial.")  # fmt: skip
+    _command("serve", serve.ServeSettings, _serve, "OpenAI-compatible HTTP with alpha on each request, and a page with the dial.")  # fmt: skip
+
+
+def _serve(settings: Any) -> None:
+    from cotvalve import serve
+
+    hush()
+    serve.run(settings, _say)
 
 
 def _say(line: str) -> None:
@@ -101,11 +119,12 @@ def run_recipe(
     out: Annotated[str | None, typer.Option(help="Folder for all steps; by default the recipe's.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with local copies of the data sets.")] = None,
     model: Annotated[str | None, typer.Option(help="Another model than the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's, for all steps.")] = None,
 ) -> None:
     """The whole pipeline from one file: train, mix, train again, sweep; goes on where it stopped."""
     from cotvalve import pipeline
 
-    found = pipeline.read(recipe, out=out, data_dir=data_dir, model=model)
+    found = pipeline.read(recipe, out=out, data_dir=data_dir, model=model, seed=seed)
     if plan:
         from cotvalve.plan import describe
 
@@ -177,6 +196,9 @@ def data_fetch(
 def main() -> None:
     """The `cotvalve` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when the library is imported: a line for each of its five tries would bury the one that says what to do.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    Notes.on()
     # Deprecations between transformers and peft are for their developers, not for whoever runs a verb.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:

@@ -11,14 +11,16 @@ difference), LoRA on embeddings, trained biases, and every variant of LoRA that 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from cotvalve import checkpoints
@@ -34,68 +36,15 @@ from cotvalve.adapters import (
     read_adapter,
     refuse_unscalable,
 )
+from cotvalve.card import CARD, FUSED, Card
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
-from cotvalve.records import read_json, write_json, write_text
-from cotvalve.types import Toward
+from cotvalve.records import read_json, write_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
     from cotvalve.taskvector import TaskVector
-
-CARD = "direction.json"
-FORMAT, VERSION = "cotvalve-direction", 1
-FUSED = "cotvalve_fused"
-"""The field of a model's config that says it was made by fusing a direction in."""
-
-Method = Literal["valve", "plus", "progressive", "extract", "adapter"]
-"""What made a direction; 'adapter' is a PEFT adapter made elsewhere."""
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What a direction is: written to `direction.json` beside the factors."""
-
-    base: str
-    """The model it is put on: a hub id, a folder or an embedded name; empty when the adapter does not say."""
-    toward: Toward | None = None
-    """Where chains go as alpha grows; None when nobody measured it."""
-    method: Method = "adapter"
-    note: str = ""
-    """One line for people."""
-    facts: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Seeds, data hashes, versions: whatever the maker wants to keep."""
-
-    @classmethod
-    def read(cls, path: Path, kind: str) -> Card:
-        """The card in `path`, which must describe a direction of this kind ('lora' or 'taskvector')."""
-        found = read_json(path)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise DataError(f'{path}: not a direction\'s card (expected "format": "{FORMAT}")')
-        if found.get("version") != VERSION:
-            raise DataError(
-                f"{path}: format version {found.get('version')}, this cotvalve reads {VERSION}; update cotvalve"
-            )
-        if found.get("kind") != kind:
-            raise DataError(f"{path}: kind '{found.get('kind')}', expected '{kind}'")
-        if found.get("toward") not in ("shorter", "longer", None):
-            raise DataError(f'{path}: toward is {found["toward"]!r}, expected "shorter", "longer" or null')
-        if lacking := [name for name in ("base", "toward", "method") if name not in found]:
-            raise DataError(f"{path}: no '{lacking[0]}' in it; it is not whole")
-        return cls(found["base"], found["toward"], found["method"], found.get("note", ""), found.get("facts", {}))
-
-    def write(self, path: Path, kind: str, **more: Any) -> None:
-        """Writes this card to `path`; `more` are fields of the kind."""
-        card = {"base": self.base, "toward": self.toward, "method": self.method, "note": self.note}
-        write_json(
-            path, {"format": FORMAT, "version": VERSION, "kind": kind, **card, "facts": dict(self.facts), **more}
-        )
-
-    def turned(self, by: float) -> Card:
-        """The card of `by` times the direction: a negative factor turns `toward` round."""
-        other: Toward | None = {"shorter": "longer", "longer": "shorter"}.get(self.toward or "")  # pyright: ignore[reportAssignmentType]
-        return replace(self, toward=self.toward if by > 0 else other if by < 0 else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -180,10 +129,26 @@ class Direction:
                 assert only is not None
                 made[name] = only.plain()
         toward = self.card.toward if self.card.toward == other.card.toward else None
-        return Direction(made, replace(self.card, toward=toward), tuple({*self.targets, *other.targets}))
+        base = self.card.base_sha256 if self.card.base_sha256 == other.card.base_sha256 else ""
+        card = replace(self.card, toward=toward, base_sha256=base)
+        return Direction(made, card, tuple({*self.targets, *other.targets}))
 
     def __sub__(self, other: Direction) -> Direction:
         return self + -other
+
+    def alike(self, other: Direction) -> bool:
+        """True where both change the same modules at the same ranks and scales, so that one can stand in the other's layers."""
+        shapes, others = ({name: (f.rank, f.scale, f.shape) for name, f in d.factors.items()} for d in (self, other))
+        return shapes == others
+
+    def sha256(self) -> str:
+        """Hex digest of the change itself: names, scales and factors. A direction trained again has another."""
+        digest = hashlib.sha256()
+        for name, factor in sorted(self.factors.items()):
+            digest.update(f"{name} {factor.scale!r} {list(factor.A.shape)} {factor.A.dtype} {factor.B.dtype}".encode())
+            for side in (factor.A, factor.B):
+                digest.update(side.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     # PEFT's border
 

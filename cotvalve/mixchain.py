@@ -15,13 +15,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from cotvalve.chains import is_mixchain as is_mixchain
+from cotvalve.chains import load as load
 from cotvalve.engines import pick
-from cotvalve.errors import DataError, SettingError
+from cotvalve.errors import SettingError
 from cotvalve.grading import grade
-from cotvalve.problems import NAMES, fingerprint, training
-from cotvalve.problems.dataset import hub_rows
+from cotvalve.problems import fingerprint, training
 from cotvalve.prompts import chain_from_solution, prompt, render, thinks
-from cotvalve.records import Json, Run, read_json, read_jsonl, read_parquet, write_json, write_parquet
+from cotvalve.records import Json, Run, write_json, write_parquet
 from cotvalve.settings import Alphas, ModelSettings
 from cotvalve.types import Chain, Completion, MixChain, Problem, Progress, Request, silent
 
@@ -51,7 +52,7 @@ class Sampling(ModelSettings):
     seed: int = 0
     """Seed of everything random in this run."""
     engine: str = "auto"
-    """auto, transformers or generate."""
+    """auto, transformers, vllm or generate."""
     slots: int | None = None
     """Chains decoded at once; sized from the memory when not given."""
 
@@ -86,6 +87,11 @@ class MixSettings(Sampling):
     """Questions with fewer right chains than this are left out, and counted."""
     out: str = "runs/mix"
     """Run folder; mixchain.parquet is put into it."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        super().model_post_init(context)
+        if self.fewest < 1:
+            raise ValueError("fewest has to be 1 or more: a question without a right chain teaches nothing")
 
 
 def requests_for(
@@ -176,13 +182,15 @@ class MixReport:
 def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings, solutions: dict[str, Chain] | None = None) -> tuple[list[MixChain], MixReport]:  # fmt: skip
     """MixChain from graded rows: wrong, truncated, failed and repeated chains dropped and counted.
 
-    `solutions` maps a problem's id to its human-written chain, where those take part.
+    The same text at several alphas is one chain, of the smallest of them. `solutions` maps a problem's id to its
+    human-written chain, where those take part.
     """
     counts: Counter[str] = Counter()
     tables: dict[str, Counter[str]] = defaultdict(Counter)
     chains: dict[str, list[Chain]] = defaultdict(list)
     seen: set[tuple[str, str]] = set()
-    for r in rows:
+    # By number: rows come by key, where "0.5" stands before "0".
+    for r in sorted(rows, key=lambda r: (r["alpha"], r["sample"])):
         table = tables[f"{r['alpha']:g}"]
         table["sampled"] += 1
         fate = "failed" if r["finish"] == "error" else "truncated" if r["finish"] == "length" else "" if r["correct"] else "wrong"
@@ -244,61 +252,6 @@ def save(folder: Path, mix: Sequence[MixChain], report: MixReport | None = None)
     return path
 
 
-def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixChain]:
-    """MixChain from a run folder of `mix`, a Parquet or JSON lines file, or a hub id of the authors' sets.
-
-    Knows two forms: ours (a `chains` column) and the authors' (question, answer, solution_0..4, correct_k;
-    solution_0 is the human one). Chains marked as wrong are left out. Raises DataError naming the row.
-    """
-    mix: list[MixChain] = []
-    for number, row in _table(source):
-        where = f"{source}: row {number}"
-        try:
-            answer = str(row["answer"])
-            question = str(row.get("question") or row["problem"])
-        except KeyError as error:
-            raise DataError(f"{where} has no column {error}; MixChain needs question, answer and chains or solution_k") from None
-        if row.get("chains") is not None:
-            chains = [Chain(c["text"], int(c["tokens"]), c.get("alpha"), c.get("solution")) for c in row["chains"]]
-        else:
-            columns = sorted(int(k.removeprefix("solution_")) for k in row if k.startswith("solution_") and k[9:].isdigit())
-            if not columns:
-                raise DataError(f"{where} has neither 'chains' nor 'solution_0', 'solution_1', ...")
-            chains = [
-                Chain(text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), solution=k)
-                for k in columns
-                if (text := row[f"solution_{k}"]) and row.get(f"correct_{k}") not in (False, 0, "False", "false")
-            ]
-            # The authors' answer column may hold the whole human solution with "####" before the number.
-            answer = str(row.get("target") or answer).rpartition("####")[2].strip()
-        chains.sort(key=lambda chain: -chain.tokens)
-        mix.append(MixChain(Problem(str(row.get("id") or number), question, answer, row.get("kind") or "number"), tuple(chains)))
-    if not any(m.chains for m in mix):
-        raise DataError(f"{source}: no right chain in it")
-    return mix
-
-
-def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
-    path = Path(source)
-    if path.is_dir() and (path / "mixchain.parquet").exists():
-        path = path / "mixchain.parquet"
-    if path.suffix == ".jsonl":
-        yield from read_jsonl(path)
-        return
-    if path.suffix == ".json":
-        yield from enumerate(read_json(path), 1)
-        return
-    if path.suffix == ".parquet":
-        yield from enumerate(read_parquet(path), 1)
-        return
-    if path.exists():
-        raise DataError(f"{path}: expected a run folder of `mix` or a .parquet, .jsonl or .json file")
-    if str(source).count("/") != 1:
-        raise DataError(f"{source}: no such file or folder")
-    for row in hub_rows(str(source), None, "train", None):
-        yield row.number, row.values
-
-
 def run(settings: MixSettings, progress: Progress = silent) -> Path:
     """Samples what is missing and writes the MixChain set; returns the run folder."""
     problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
@@ -306,23 +259,15 @@ def run(settings: MixSettings, progress: Progress = silent) -> Path:
     facts = {**valve.facts(), "data": f"{settings.data} train ({len(problems)} questions, {fingerprint(problems)[:12]})"}
     decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "data_dir", "device"})
     with Run(Path(settings.out), "mix", decisive, facts) as at:
-        asked = requests_for(problems, settings, valve.tokenizer, settings.alphas if settings.direction else [0.0])
-        rows = sample_rows(at, pick(settings.engine, valve, settings.slots), problems, asked, progress)
+        alphas = settings.alphas if settings.direction else [0.0]
+        work = (len(problems) * len(alphas) * settings.samples - len(at.rows)) * settings.max_new_tokens
+        asked = requests_for(problems, settings, valve.tokenizer, alphas)
+        rows = sample_rows(at, pick(settings.engine, valve, settings.slots, work=work), problems, asked, progress)
         human = short_chains(problems, valve.tokenizer, thinks(valve.tokenizer)) if settings.solutions else []
         mix, report = assemble(rows, problems, settings, {m.problem.id: m.chains[0] for m in human})
         describe(mix)
         save(at.folder, mix, report)
     return at.folder
-
-
-def is_mixchain(data: str) -> bool:
-    """True when `data` names MixChain (a run folder, a file with chains, a hub id), not a data set of problems."""
-    if data in NAMES:
-        return False
-    if data.endswith(".jsonl") and Path(data).exists():
-        _, first = next(read_jsonl(Path(data)))
-        return "chains" in first or "solution_0" in first
-    return True
 
 
 def short_chains(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", thinking: bool) -> list[MixChain]:

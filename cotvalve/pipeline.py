@@ -94,7 +94,9 @@ def recipe_path(name: str) -> Path:
     raise SettingError(unknown("recipe", name, known))
 
 
-def read(name: str, out: str | None = None, data_dir: str | None = None, model: str | None = None) -> Recipe:
+def read(
+    name: str, out: str | None = None, data_dir: str | None = None, model: str | None = None, seed: int | None = None
+) -> Recipe:
     """A recipe with all settings checked before anything runs; the arguments replace its own fields."""
     path = recipe_path(name)
     try:
@@ -110,7 +112,7 @@ def read(name: str, out: str | None = None, data_dir: str | None = None, model: 
         if field not in ("name", "about", "out", "common", "steps", "sizes"):
             raise SettingError(f"{path}: {unknown('field', field, ['name', 'about', 'out', 'common', 'steps', 'sizes'])}")
     home = Path(out or found.get("out") or f"runs/{found.get('name') or path.stem}")
-    common = {**(found.get("common") or {}), **{k: v for k, v in (("data_dir", data_dir), ("model", model)) if v is not None}}
+    common = {**(found.get("common") or {}), **{k: v for k, v in (("data_dir", data_dir), ("model", model), ("seed", seed)) if v is not None}}
     folders: dict[str, Path] = {}
     steps: list[Step] = []
     for step, fields in found["steps"].items():
@@ -170,10 +172,5 @@ def _named(step: str, progress: Progress) -> Progress:
 
 def demo(out: Path, seed: int = 0, progress: Progress = silent) -> Path:
     """The recipe `tiny` on the embedded model; returns the sweep's folder, which holds the report."""
-    recipe = read("tiny", out=str(out))
-    steps = tuple(
-        Step(step.name, step.verb, step.settings.but(seed=seed) if "seed" in type(step.settings).model_fields else step.settings)
-        for step in recipe.steps
-    )
-    made = dict(run(Recipe(recipe.name, recipe.about, recipe.out, steps, recipe.sizes), progress))
+    made = dict(run(read("tiny", out=str(out), seed=seed), progress))
     return made["sweep"].parent

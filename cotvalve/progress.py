@@ -1,5 +1,11 @@
-"""Draws long work at a terminal, or as a line now and then in a log. Used by the command line only."""
+"""What the command line says beside its results: long work as bars or lines, and the package's warnings as lines.
 
+Used by the command line only. The bars and warnings of the libraries underneath are silenced there: they would
+stand between ours. Downloads from the hub keep theirs, which have the rate and the time left.
+"""
+
+import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -28,6 +34,7 @@ class Drawn:
         self._said: dict[str, float] = {}
 
     def __enter__(self) -> "Drawn":
+        hush()
         self._bars.start()
         return self
 
@@ -52,3 +59,31 @@ class Drawn:
         rate = (done - first) / (now - since) if now > since else 0.0
         left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
         print(f"{task}: {done}/{total}{left}{', ' + note if note else ''}", file=sys.stderr, flush=True)
+
+
+class Notes(logging.Handler):
+    """The package's warnings, each as one line on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Says the line where standard error is now: bars and tests put another in its place."""
+        print(f"cotvalve: note: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+
+    @classmethod
+    def on(cls) -> None:
+        """Puts one on the package's logger."""
+        logger = logging.getLogger("cotvalve")
+        if not any(isinstance(handler, cls) for handler in logger.handlers):
+            logger.addHandler(cls())
+
+
+def hush() -> None:
+    """Turns off the bars and warnings of transformers and datasets, in this process."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    downloads = not are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # the hub's too
+    if downloads:
+        enable_progress_bars()

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cotvalve.baselines import PLAIN, PROMPTED, baselines
+from cotvalve.card import DIRECTION_SHA256
 from cotvalve.direction import Direction, check_fits, load_direction
 from cotvalve.engines import pick
 from cotvalve.errors import DataError, SettingError
@@ -93,13 +94,16 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
     others = baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
     sets = problems_of(settings)
     valve = settings.load_valve()
-    billions = valve.billions()
-    for where in directions.values():
+    billions, plain_facts = valve.billions(), valve.facts()
+    hashes: list[str] = []
+    for label, where in directions.items():
         # What does not fit is said now, not after hours of sampling the plain model.
         found = load_direction(where, valve.model)
         _ = check_fits(found, valve.model) if isinstance(found, Direction) else found.check_fits(valve.model)
+        hashes.append(f"{label} {found.sha256()[:16]}")
     facts = {
-        **valve.facts(),
+        **plain_facts,
+        **({DIRECTION_SHA256: ", ".join(hashes)} if hashes else {}),
         "billions": str(billions),
         "data": ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items()),
         "decoding": f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
@@ -107,9 +111,15 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
     decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "chosen_on", "data_dir", "device"})
     with Run(Path(settings.out), "sweep", decisive, facts) as at:
         rows: dict[tuple[str, str], list[Json]] = {}
-        engine = pick(settings.engine, valve, settings.slots)
+        wanted = [0.0] if 0.0 in settings.alphas or not directions else []
+        turned = [alpha for alpha in settings.alphas if alpha != 0]
+        chains = sum(map(len, sets.values())) * settings.samples * (len(wanted) + len(others) + len(directions) * len(turned))
+        work = (chains - len(at.rows)) * settings.max_new_tokens
+        # The first direction is on the model from the start: at alpha 0 it is the plain model, and vLLM starts once.
+        if where := next(iter(directions.values()), None):
+            valve.turn_to(load_direction(where, valve.model))
+        engine = pick(settings.engine, valve, settings.slots, work=work)
         for name, problems in sets.items():
-            wanted = [0.0] if 0.0 in settings.alphas or not directions else []
             rows[name, PLAIN] = sample_rows(
                 at, engine, problems, requests_for(problems, settings, valve.tokenizer, wanted, paired=True), progress, f"{name}|{PLAIN}|"
             )
@@ -119,15 +129,15 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
                     at, engine, problems, requests_for(problems, how, valve.tokenizer, [0.0], paired=True), progress, f"{name}|{other.name}|"
                 )
                 rows[name, other.name] = [{**row, "alpha": None} for row in found]
-        del engine, valve
-        for label, where in directions.items():
-            turned = settings.load_valve(where)
-            engine = pick(settings.engine, turned, settings.slots)
+        for number, (label, where) in enumerate(directions.items()):
+            if number and not valve.turn_to(load_direction(where, valve.model)):
+                del engine
+                engine = pick(settings.engine, valve, settings.slots, work=work)
             for name, problems in sets.items():
-                asked = requests_for(problems, settings, turned.tokenizer, [a for a in settings.alphas if a != 0], paired=True)
+                asked = requests_for(problems, settings, valve.tokenizer, turned, paired=True)
                 found = sample_rows(at, engine, problems, asked, progress, f"{name}|{label}|")
                 rows[name, label] = [*rows[name, PLAIN], *found]
-            del engine, turned
+        del engine, valve
         return finish(at.folder, at.facts, rows, sets, settings)
 
 

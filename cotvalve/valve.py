@@ -13,24 +13,27 @@ Outside `at` the valve is closed: the model is the base model bit for bit. Nothi
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cotvalve import checkpoints
-from cotvalve.direction import FUSED, Card, Direction, check_fits, load_direction, refuse_fused
+from cotvalve import checkpoints, templates
+from cotvalve.card import BASE_SHA256, DIRECTION_SHA256, Card
+from cotvalve.direction import Direction, check_fits, load_direction, refuse_fused
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion
+from cotvalve.weights import fingerprint
 
 if TYPE_CHECKING:
     from cotvalve.calibration import Calibration
@@ -58,8 +61,30 @@ class Dial:
                 )
             module.lora_A[ADAPTER].register_forward_hook(self._learn)
             module.lora_B[ADAPTER].register_forward_hook(self._turn)
+            if type(module) is LoraLinear:
+                module.forward = partial(self._forward, module, module.forward)
         self._alpha: Tensor | None = None
         self._closed: Tensor | None = None
+        self._finite = False
+
+    def _forward(self, layer: LoraLinear, general: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W x + B (alpha * s * A x) without gradients: two thin products and a multiply over r numbers a token.
+
+        `general` is PEFT's forward, which the hooks turn: the same with gradients, seven passes as wide as the layer.
+        """
+        a, b = (side[ADAPTER].get_parameter("weight") for side in (layer.lora_A, layer.lora_B))
+        usual = not (args or kwargs or layer.disable_adapters or layer.merged) and layer.active_adapters == [ADAPTER]
+        if torch.is_grad_enabled() or not usual or a.dtype != x.dtype:
+            return general(x, *args, **kwargs)
+        y = layer.base_layer(x)
+        if self._alpha is None:
+            return y
+        if not self._finite or layer.lora_bias[ADAPTER]:
+            return general(x)
+        thin = x @ a.t()
+        # In place: bf16 times the fp32 alpha in one pass. A and B are finite here, so 0 times them is 0.
+        thin.mul_(self._for(thin))
+        return y.view(-1, y.shape[-1]).addmm_(thin.view(-1, thin.shape[-1]), b.t(), alpha=layer.scaling[ADAPTER]).view(y.shape)
 
     def _learn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         # With gradients alpha multiplies A x, which has r numbers where B A x has thousands: the same
@@ -98,6 +123,10 @@ class Dial:
         value = torch.as_tensor(alpha, dtype=torch.float32, device=device)
         self._alpha = value.reshape(1, 1, 1) if value.ndim == 0 else value[:, None, None] if value.ndim == 1 else value[..., None]
         self._closed = self._alpha == 0
+        if not (self._alpha.is_cuda and torch.cuda.is_current_stream_capturing()):
+            sides = (side[ADAPTER] for layer in self.layers.values() for side in (layer.lora_A, layer.lora_B))
+            norms = torch._foreach_norm([side.get_parameter("weight") for side in sides])  # pyright: ignore[reportPrivateUsage]
+            self._finite = bool(torch.stack(norms).isfinite().all())
         try:
             yield
         finally:
@@ -118,7 +147,7 @@ class Valve:
         Raises DirectionMismatch, naming the module, when the direction does not fit.
         """
         self.tokenizer = tokenizer
-        self.direction = direction
+        self.direction: Direction | TaskVector | None = None
         self.calibration: Calibration | None = None
         self.dial: Dial | None = None
         self._peft: PeftModel | None = None
@@ -126,14 +155,20 @@ class Valve:
         self.model = model
         self.name = model.name_or_path or type(model).__name__
         """The model as the user named it: for tables and cards."""
+        self.base_sha256 = fingerprint(model)  # empty for a quantized base
         if direction is not None:
-            refuse_fused(model)
+            self._put(direction)
+
+    def _put(self, direction: Direction | TaskVector) -> None:
+        refuse_fused(self.model)
         if isinstance(direction, Direction):
-            check_fits(direction, model)
+            check_fits(direction, self.model)
             self._wrap(direction.lora_config())
             set_peft_model_state_dict(self._peft, direction.state_dict())
-        elif isinstance(direction, TaskVector):
-            direction.check_fits(model)
+        else:
+            direction.check_fits(self.model)
+        self.direction = direction
+        direction.card.compare(self.name, self.base_sha256)
 
     @classmethod
     def load(
@@ -146,12 +181,13 @@ class Valve:
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
         quantize_4bit: bool = False,
+        chat_template: str | None = None,
     ) -> Valve:
         """A valve from a model and a direction: hub ids, folders, or the embedded `tiny*` names.
 
         dtype "auto" is bf16 on a GPU and fp32 elsewhere. Without a direction the valve has no dial and only
-        alpha 0 works. Raises DataError for a model that is missing or broken, DirectionMismatch for a
-        direction that does not fit it.
+        alpha 0 works. `chat_template` is for base models (templates.put). Raises DataError for a model that is
+        missing or broken, DirectionMismatch for a direction that does not fit it.
         """
         where = checkpoints.pick_device() if device is None else torch.device(device)
         loaded = checkpoints.load_model(
@@ -159,6 +195,8 @@ class Valve:
             trust_remote_code=trust_remote_code, quantize_4bit=quantize_4bit,
         )  # fmt: skip
         tokenizer = checkpoints.load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        if chat_template:
+            templates.put(tokenizer, chat_template)
         found = None if direction is None else load_direction(direction, loaded)
         valve = cls(loaded.eval(), tokenizer, found)
         valve.name = str(model)
@@ -190,8 +228,10 @@ class Valve:
         """Model, size, hardware and number format: what a table has to say about where it comes from."""
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+        known = {BASE_SHA256: self.base_sha256, DIRECTION_SHA256: self.direction.sha256() if self.direction else ""}
         return {
             "model": f"{self.name} ({self.billions():.3g} billion parameters)",
+            **{key: digest for key, digest in known.items() if digest},
             "hardware": name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
@@ -212,6 +252,27 @@ class Valve:
     def adapted(self) -> bool:
         """True when a LoRA (or DoRA) is in the model."""
         return self._peft is not None
+
+    def turn_to(self, direction: Direction | TaskVector) -> bool:
+        """Puts another direction in the place of this one, on the same model; nothing is loaded again.
+
+        True where only numbers changed, so that an engine made before can go on; False where layers were exchanged
+        and engines have to be made anew. Raises DirectionMismatch, as loading does, when it does not fit.
+        """
+        before = self.direction
+        if isinstance(direction, Direction):
+            check_fits(direction, self.model)
+        if isinstance(before, Direction) and isinstance(direction, Direction) and before.alike(direction):
+            direction.card.compare(self.name, self.base_sha256)
+            set_peft_model_state_dict(self.peft_model, direction.state_dict())
+            self.direction, self.calibration = direction, None
+            return True
+        self._move(0.0)
+        if self._peft is not None:
+            self._peft.base_model.unload()  # pyright: ignore[reportCallIssue]
+        self.direction = self.calibration = self.dial = self._peft = None
+        self._put(direction)
+        return False
 
     def current(self, card: Card) -> Direction:
         """The LoRA as it stands (after training) as an immutable direction."""
@@ -257,67 +318,22 @@ class Valve:
         self._moved = alpha
 
     def fuse(self, alpha: float) -> PreTrainedModel:
-        """A new plain model at `alpha`, on the CPU; this one is not changed.
+        """A new plain model at `alpha`, on the CPU; it has no dial and refuses directions. This one is not changed."""
+        from cotvalve.fusing import fuse
 
-        The weights are W + alpha * s * B A, computed in fp32 and rounded once. The new model's config says
-        that it was fused, and loading it with a direction is refused.
-        """
-        config = copy.deepcopy(self.model.config)
-        setattr(config, FUSED, {"alpha": alpha, "base": self.name})
-        if getattr(config, "quantization_config", None) is not None:
-            raise EngineError("a quantized model cannot be fused; load the base without quantization")
-        with self.at(0.0 if self.dial else alpha):
-            state = {
-                name.replace(".base_layer.", "."): tensor.detach().to("cpu", copy=True)
-                for name, tensor in self.model.state_dict().items()
-                if ".lora_" not in name
-            }
-        for name, layer in (self.dial.layers if self.dial else {}).items():
-            weight = state[f"{name}.weight"]
-            b, a = (side[ADAPTER].get_parameter("weight").detach().float().cpu() for side in (layer.lora_B, layer.lora_A))
-            delta = alpha * layer.scaling[ADAPTER] * (b @ a)
-            if alpha != 0:
-                state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
-        with torch.device("meta"):
-            plain = type(self.model)(config)
-        plain.load_state_dict(state, strict=False, assign=True)
-        plain.tie_weights()
-        _rebuild_buffers(plain, self.model)
-        plain.generation_config = copy.deepcopy(self.model.generation_config)
-        return plain.eval()
+        return fuse(self, alpha)
 
-    @overload
     def generate(
         self, question: str | Sequence[str], alpha: float | Sequence[float] | None = None, *,
-        max_new_tokens: int = ..., temperature: float = ..., top_p: float = ..., seed: int = ..., prompt: str = ...,
-    ) -> list[Completion]: ...  # fmt: skip
-    @overload
-    def generate(
-        self, question: str | Sequence[str], *, tokens: float | None = None, shorter: float | None = None,
-        max_new_tokens: int = ..., temperature: float = ..., top_p: float = ..., seed: int = ..., prompt: str = ...,
-    ) -> list[Completion]: ...  # fmt: skip
-    def generate(
-        self,
-        question: str | Sequence[str],
-        alpha: float | Sequence[float] | None = None,
-        *,
-        tokens: float | None = None,
-        shorter: float | None = None,
-        max_new_tokens: int = 2048,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        prompt: str = "boxed",
-    ) -> list[Completion]:
+        tokens: float | None = None, shorter: float | None = None, max_new_tokens: int = 2048,
+        temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, prompt: str = "boxed",
+    ) -> list[Completion]:  # fmt: skip
         """Answers at every alpha, all in one batch; questions outermost, alphas innermost.
 
         A calibrated valve also takes `tokens` (an expected chain length) or `shorter` (a saving between 0
         and 1) instead of alpha. temperature 0 is greedy.
         """
-        from cotvalve.engines import pick
-        from cotvalve.prompts import prompt as named
-        from cotvalve.prompts import render
-        from cotvalve.types import Request
+        from cotvalve.engines import ask
 
         if (alpha is not None) + (tokens is not None) + (shorter is not None) > 1:
             raise SettingError("give one of alpha, tokens and shorter")
@@ -328,22 +344,7 @@ class Valve:
         positions = [0.0] if alpha is None else [alpha] if isinstance(alpha, (int, float)) else list(alpha)
         if bad := [position for position in positions if not math.isfinite(position)]:
             raise SettingError(f"alpha {bad[0]} is not a finite number")
-        questions = [question] if isinstance(question, str) else list(question)
-        requests = [
-            Request(f"{i:09d}", text, float(position), max_new_tokens, temperature, top_p, seed + i)
-            for i, (text, position) in enumerate(
-                (text, position)
-                for text in (render(self.tokenizer, q, named(prompt)) for q in questions)
-                for position in positions
-            )
-        ]
-        return sorted(pick("auto", self).generate(requests), key=lambda completion: completion.id)
-
-
-def _rebuild_buffers(plain: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Non-persistent buffers (rotary frequencies) are not in a state dict: copied from the loaded model."""
-    buffers = {name.replace(".base_layer.", "."): buffer for name, buffer in source.named_buffers()}
-    for name, buffer in list(plain.named_buffers()):
-        if buffer.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            plain.get_submodule(owner).register_buffer(leaf, buffers[name].detach().cpu().clone(), persistent=False)
+        return ask(
+            self, [question] if isinstance(question, str) else question, positions, prompt=prompt,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        )  # fmt: skip

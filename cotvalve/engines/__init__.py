@@ -1,12 +1,14 @@
 """Engines: requests in, completions out, one protocol.
 
     transformers   own decoding loop on a transformers model: slots that refill, one alpha per row, CUDA graphs
+    vllm           vLLM with the dial in its workers: the fastest on a GPU, after a start of a minute or two
     generate       plain `model.generate`, batch by batch: any architecture, slower; the reference in tests
 
 A new engine is one file with a class that has `generate`, and one line in `pick`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Protocol
 
 from cotvalve.errors import SettingError, unknown
@@ -15,7 +17,9 @@ from cotvalve.types import Completion, Progress, Request, silent
 if TYPE_CHECKING:
     from cotvalve.valve import Valve
 
-NAMES = ("auto", "transformers", "generate")
+NAMES = ("auto", "transformers", "vllm", "generate")
+WORTH_VLLM = 10_000_000
+"""New tokens asked for at most, from which `auto` waits for vLLM to start."""
 
 
 class Engine(Protocol):
@@ -32,16 +36,39 @@ class Engine(Protocol):
         ...
 
 
-def pick(name: str, valve: "Valve", batch: int | None = None) -> Engine:
+def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0) -> Engine:
     """The engine called `name` on `valve`; 'auto' takes the fastest one that supports the model.
 
-    `batch` is the number of rows decoded at once; None sizes it from the memory.
+    `batch` is the number of rows decoded at once; None sizes it from the memory. `work` is the number of new tokens
+    that will be asked for at most: 'auto' starts vLLM, where it is installed and there is a GPU, for WORTH_VLLM.
     """
     from cotvalve.engines.generate import GenerateEngine
     from cotvalve.engines.transformers import TransformersEngine, unsupported
 
     if name not in NAMES:
         raise SettingError(unknown("engine", name, NAMES))
+    if name == "vllm" or (name == "auto" and work >= WORTH_VLLM and valve.model.device.type == "cuda"):
+        from cotvalve.engines import vllm_support
+
+        if name == "vllm" or not (vllm_support.missing() or vllm_support.unsupported(valve)):
+            from cotvalve.engines.vllm import VllmEngine
+
+            return VllmEngine(valve, batch=batch)
     if name == "generate" or (name == "auto" and unsupported(valve.model)):
         return GenerateEngine(valve, batch=batch)
     return TransformersEngine(valve, batch=batch)
+
+
+def ask(
+    valve: "Valve", questions: Sequence[str], alphas: Sequence[float], *, prompt: str, max_new_tokens: int,
+    temperature: float, top_p: float, seed: int,
+) -> list[Completion]:  # fmt: skip
+    """Every question at every alpha, all in one batch; questions outermost, alphas innermost."""
+    from cotvalve import prompts
+
+    texts = [prompts.render(valve.tokenizer, question, prompts.prompt(prompt)) for question in questions]
+    requests = [
+        Request(f"{i:09d}", text, float(alpha), max_new_tokens, temperature, top_p, seed + i)
+        for i, (text, alpha) in enumerate(product(texts, alphas))
+    ]
+    return sorted(pick("auto", valve).generate(requests), key=lambda completion: completion.id)

@@ -70,9 +70,10 @@ class TransformersEngine:
             groups.setdefault(0.0 if self.valve.rows else e.request.alpha, []).append(e)
         before = self.valve.model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         for alpha in sorted(groups):
-            # Longest first: what needs most memory comes while the run can still be made smaller.
-            waiting = sorted(groups[alpha], key=lambda e: -(len(e.ids) + e.room))
-            slots = min(self.batch or self.slots_that_fit(len(waiting[0].ids) + waiting[0].room), len(waiting))
+            # The lowest alphas first: they write the longest chains, and chains of one length share their steps best
+            # (a step's attention reads as far as its longest row).
+            waiting = sorted(groups[alpha], key=lambda e: (e.request.alpha, -(len(e.ids) + e.room)))
+            slots = min(self.batch or self.slots_that_fit(max(len(e.ids) + e.room for e in waiting)), len(waiting))
             while waiting:
                 batch: Batch | None = None
                 self.valve.model.set_attn_implementation(ATTENTION)

@@ -1,0 +1,345 @@
+"""What sampling at mixed alphas costs: one command, every system on the same card, one JSON line per part.
+
+    python benchmarks/sampling.py --model Qwen/Qwen2.5-Coder-0.5B --out sampling.jsonl
+    python benchmarks/sampling.py --model tiny-reasoner --requests 64 --tokens 20 --batch 16 --parts floor,dial,base,engine
+
+Parts, each in a process of its own, so that one that fails loses nothing of the others:
+
+    floor      measured copy bandwidth and matrix rate, and the tokens/s that reading the weights and caches allows
+    base       vLLM without any LoRA: what the dial is measured against
+    dial       vLLM with the dial, --alphas distinct positions mixed
+    many       the same at 1, 8, 64 and 512 distinct positions (--distinct)
+    stock8     vLLM's own multi-LoRA with 8 baked adapters; stock32 with 32
+    engine     this package's transformers engine
+    generate   transformers' generate, batch by batch
+    profile    where one decoding step of the dial goes (torch profiler); profile_base without LoRA
+    smoke      greedy chains of the dial: mixed against alone, alpha 0 against no direction; no timing
+
+Greedy, every chain exactly --tokens long (no stop), prompts of grade-school length. --direction is a folder in
+PEFT's format; without it a random rank-8 one is made (its B is not zero; timing does not depend on its values).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("floor", "base", "dial", "many", "stock8", "stock32", "engine", "generate", "profile", "profile_base", "smoke")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny-reasoner", help="folder, hub id or embedded name")
+    parser.add_argument("--direction", default="", help="folder in PEFT's format; empty: a random one of --rank")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=1024, help="chains at once in vLLM and in the engine")
+    parser.add_argument("--generate-batch", type=int, default=512)
+    parser.add_argument("--alphas", type=int, default=8, help="distinct positions in the mixed batch")
+    parser.add_argument("--distinct", default="1,8,64,512", help="numbers of distinct positions of part 'many'")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds; the best one is compared")
+    parser.add_argument("--parts", default="floor,base,dial,stock8,engine,generate,many,stock32,profile,profile_base")
+    parser.add_argument("--check", action="store_true", help="part 'smoke' on the engine of parts dial and many, before they are timed")
+    parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile and CUDA graphs")
+    parser.add_argument("--vllm", default="{}", help="further EngineArgs of vLLM, as JSON")
+    parser.add_argument("--seconds", type=int, default=900, help="limit for one part")
+    parser.add_argument("--out", default="sampling.jsonl")
+    parser.add_argument("--part", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the parts one after the other and prints the table."""
+    args = arguments()
+    if args.part:
+        found = run(args.part, args)
+        with open(args.out, "a", encoding="utf-8") as out:
+            out.write(json.dumps(found) + "\n")
+        return
+    parts = args.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        sys.exit(f"unknown part '{unknown[0]}'; known: {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        more = [] if args.direction else ["--direction", random_direction(args.model, args.rank, Path(folder) / "direction")]
+        done: list[dict[str, Any]] = []
+        for part in parts:
+            began, size = time.monotonic(), Path(args.out).stat().st_size if Path(args.out).exists() else 0
+            print(f"== {part}", flush=True)
+            command = [sys.executable, __file__, *sys.argv[1:], *more, "--part", part]
+            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+            try:
+                code = subprocess.run(command, timeout=args.seconds, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
+            except subprocess.TimeoutExpired:
+                code = -1
+            with open(args.out, "a+", encoding="utf-8") as out:
+                out.seek(size)
+                lines = [json.loads(line) for line in out if line.strip()]
+                if not lines:
+                    lines = [{"part": part, "error": f"no result, exit code {code}"}]
+                    out.write(json.dumps(lines[0]) + "\n")
+            done += lines
+            print(f"   {time.monotonic() - began:.0f} s: {json.dumps(lines[-1])[:600]}", flush=True)
+    print(table(done))
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """tokens/s, memory and ratios of what was run."""
+    rows = [row for part in done for row in part.get("rows", [])]
+    rate = {row["name"]: row["tokens_per_second"] for row in rows}
+    floor = next((part["floor_tokens_per_second"] for part in done if part["part"] == "floor" and "error" not in part), None)
+    dial = next((row["tokens_per_second"] for row in rows if row["name"].startswith("dial")), None)
+    lines = [f"{'':28}{'tokens/s':>12}{'of floor':>10}{'of base':>10}{'dial is':>10}{'GB used':>10}{'start s':>9}"]
+    for row in rows:
+        speed = row["tokens_per_second"]
+        lines.append(
+            f"{row['name']:28}{speed:12,.0f}"
+            + (f"{100 * speed / floor:9.1f}%" if floor else f"{'':10}")
+            + (f"{100 * speed / rate['base']:9.1f}%" if rate.get("base") else f"{'':10}")
+            + (f"{dial / speed:9.2f}x" if dial else f"{'':10}")
+            + f"{row.get('memory_gb', 0):10.1f}{row.get('start_seconds', 0):9.0f}"
+        )
+    lines += [f"{part['part']}: {part['error']}" for part in done if "error" in part]
+    return "\n".join(lines)
+
+
+def run(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One part, in this process."""
+    import torch
+
+    found: dict[str, Any] = {"part": part, "model": args.model, "requests": args.requests, "tokens": args.tokens}
+    found["card"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if part == "floor":
+        return found | floor(args)
+    if part == "smoke":
+        engine = make("dial", args)
+        return found | {"engine": engine.facts()["engine"]} | smoke(engine, args)
+    if part.startswith("profile"):
+        return found | profile(args, dial=part == "profile")
+    began = time.monotonic()
+    engine = make(part, args)
+    start = time.monotonic() - began
+    found["engine"] = engine.facts()["engine"] if hasattr(engine, "facts") else engine.name
+    if args.check and part in ("dial", "many"):
+        found["smoke"] = smoke(engine, args)
+        print(f"   started in {start:.0f} s; {found['smoke']}", flush=True)
+    counts = [int(n) for n in args.distinct.split(",")] if part == "many" else [32 if part == "stock32" else args.alphas]
+    rows: list[dict[str, Any]] = []
+    for n in counts:
+        grid = [0.0] if part == "base" else [round(1.5 * i / n, 6) for i in range(1, n + 1)]
+        # Compiles and captures what this workload needs, on prompts of its own.
+        list(engine.generate(requests_of(engine.valve, grid, "warm", args.batch, min(8, args.tokens))))
+        seconds: list[float] = []
+        for i in range(args.rounds):
+            asked = requests_of(engine.valve, grid, str(i), args.requests, args.tokens)
+            began = time.monotonic()
+            made = list(engine.generate(asked))
+            seconds.append(time.monotonic() - began)
+            tokens = sum(completion.tokens for completion in made)
+            assert (len(made), tokens) == (args.requests, args.requests * args.tokens)
+        name = f"dial, {n} alphas" if part in ("dial", "many") else f"stock, {n} alphas" if part.startswith("stock") else part
+        rows.append(
+            {"name": name, "tokens_per_second": args.requests * args.tokens / min(seconds), "seconds": seconds,
+             "memory_gb": memory(), "start_seconds": start}
+        )  # fmt: skip
+        print(f"   {name}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    if hasattr(engine, "close"):
+        engine.close()
+    return found | {"rows": rows}
+
+
+def make(part: str, args: argparse.Namespace) -> Any:
+    """The engine of a part, made to never stop a chain early."""
+    import torch
+
+    from cotvalve import Valve
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ours = part in ("engine", "generate")
+    valve = Valve.load(args.model, None if part in ("base", "profile_base") else args.direction, device=device)
+    never = [valve.model.config.vocab_size + 1]
+    if ours:
+        from cotvalve.engines import pick
+
+        engine: Any = pick("transformers" if part == "engine" else "generate", valve, args.batch if part == "engine" else args.generate_batch)
+        engine._codec.stops = never
+        return engine
+    from cotvalve.engines.vllm import Options, VllmEngine
+
+    stock = int(part.removeprefix("stock")) if part.startswith("stock") else 8
+    options = Options(batch=args.batch, dial=False if part.startswith("stock") else None, eager=args.eager, stock_slots=stock, more=json.loads(args.vllm))
+    engine = VllmEngine(valve, options=options)
+    engine._codec.stops = engine._server._stops = never
+    return engine
+
+
+def requests_of(valve: Any, grid: list[float], mark: str, count: int, tokens: int) -> list[Any]:
+    """`count` requests over `grid`; `mark` makes their prompts unlike those of another round."""
+    from cotvalve.problems import load
+    from cotvalve.prompts import prompt, render
+    from cotvalve.types import Request
+
+    problems = load("arithmetic", split="train", limit=min(count, 2000))
+    named = prompt("boxed")
+    return [
+        Request(f"{mark}/{i}", render(valve.tokenizer, f"({mark}, {i}) {problems[i % len(problems)].question}", named), grid[i % len(grid)], tokens)
+        for i in range(count)
+    ]
+
+
+def memory() -> float:
+    """GB in use on the card by all processes, or by this process without one."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 1e9
+    import psutil
+
+    own = psutil.Process()
+    return sum(process.memory_info().rss for process in [own, *own.children(recursive=True)]) / 1e9
+
+
+def floor(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens/s if a step only read every weight once and every cached key and value once."""
+    import torch
+
+    from cotvalve import checkpoints
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, size = checkpoints.pick_dtype(device), (4 << 30) if device.type == "cuda" else 256 << 20
+    config = checkpoints.load_config(args.model)
+
+    def best(work: Any) -> float:
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    a = torch.empty(size // 2, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    bandwidth = size / best(partial(b.copy_, a))
+    del a, b
+    side = 8192 if device.type == "cuda" else 1024
+    c = torch.randn(side, side, dtype=dtype, device=device)
+    flops = 2 * side**3 / best(lambda: c @ c)
+    head = config.hidden_size * config.vocab_size
+    weights = checkpoints.billions(config) * 1e9
+    # An untied input embedding is looked up, not read.
+    weights -= 0 if config.tie_word_embeddings else head
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * dim
+    prompt = 150
+    step = dtype.itemsize * (weights + args.batch * cached * (prompt + args.tokens / 2)) / bandwidth
+    matrix = 2 * args.batch * weights / flops
+    return {
+        "copy_gb_per_second": bandwidth / 1e9, "matrix_tflops": flops / 1e12, "step_floor_ms": 1e3 * step, "step_matrix_ms": 1e3 * matrix,
+        "floor_tokens_per_second": args.batch / max(step, matrix),
+    }  # fmt: skip
+
+
+def smoke(engine: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Greedy chains of one dial: mixed against alone, every alpha moves something, alpha 0 among others against alone."""
+    grid = [0.0, 0.25, 0.5, 1.0, 1.5, -0.5, 0.75, 1.25]
+    asked = requests_of(engine.valve, grid, "smoke", min(args.requests, 128), min(args.tokens, 64))
+    mixed = {c.id: c.text for c in engine.generate(asked)}
+    alone: dict[str, str] = {}
+    for alpha in grid:
+        alone |= {c.id: c.text for c in engine.generate([r for r in asked if r.alpha == alpha])}
+    plain = {c.id: c.text for c in engine.generate([replace(r, alpha=0.0) for r in asked])}
+    zeros = [r.id for r in asked if r.alpha == 0]
+    return {
+        "mixed_equals_alone": f"{sum(mixed[i] == alone[i] for i in mixed)} of {len(mixed)}",
+        "moved_by_alpha": f"{sum(mixed[r.id] != plain[r.id] for r in asked if r.alpha != 0)} of {len(asked) - len(zeros)}",
+        "zero_among_others_equals_plain": f"{sum(mixed[i] == plain[i] for i in zeros)} of {len(zeros)}",
+    }
+
+
+def profile(args: argparse.Namespace, *, dial: bool) -> dict[str, Any]:
+    """Where one decoding step goes. vLLM's core runs in this process, so that both its CPU and its GPU time show."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    engine = make("dial" if dial else "profile_base", args)
+    grid = [round(1.5 * i / args.alphas, 6) for i in range(1, args.alphas + 1)] if dial else [0.0]
+    list(engine.generate(requests_of(engine.valve, grid, "warm", args.batch, 8)))
+    server = engine._server
+    core = server._engine
+    encoded, _ = engine._codec.encode(requests_of(engine.valve, grid, "profile", args.batch, args.tokens))
+    for i, e in enumerate(encoded):
+        server._add(str(i), e)
+    for _ in range(60):
+        core.step()
+    steps, began = 20, time.perf_counter()
+    for _ in range(steps):
+        core.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    plain = (time.perf_counter() - began) / steps
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with watch(activities=activities) as seen:
+        for _ in range(steps):
+            core.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    on_gpu = [event for event in seen.key_averages() if event.device_type.name != "CPU"] if torch.cuda.is_available() else list(seen.key_averages())
+    spent = {event.key: (event.self_device_time_total or event.self_cpu_time_total) / steps / 1e3 for event in on_gpu}
+    top = sorted(spent.items(), key=lambda pair: -pair[1])[:25]
+    import cProfile
+    import pstats
+
+    seen_cpu = cProfile.Profile()
+    seen_cpu.enable()
+    for _ in range(steps):
+        core.step()
+    seen_cpu.disable()
+    stats = pstats.Stats(seen_cpu).stats  # pyright: ignore[reportAttributeAccessIssue]
+    slow = sorted(stats.items(), key=lambda item: -item[1][3])[:40]
+    python = [[f"{Path(where).name}:{line}:{name}", round(1e3 * row[3] / steps, 3), row[0] // steps] for (where, line, name), row in slow]
+    return {
+        "engine": engine.facts()["engine"], "step_ms": 1e3 * plain, "busy_ms": sum(spent.values()),
+        "top_ms": [[name[:110], round(ms, 4)] for name, ms in top], "python_ms": python,
+    }  # fmt: skip
+
+
+def random_direction(model: str, rank: int, folder: Path) -> str:
+    """A direction with small random factors on all linear layers of `model`'s blocks."""
+    import torch
+
+    from cotvalve import checkpoints
+    from cotvalve.adapters import Factor
+    from cotvalve.card import Card
+    from cotvalve.direction import Direction
+
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        name: Factor(
+            torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5,
+            0.02 * torch.randn(module.out_features, rank, generator=generator),
+            float(rank),
+        )
+        for name, module in checkpoints.skeleton(checkpoints.load_config(model)).named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    }
+    return str(Direction(factors, Card(model)).save(folder))
+
+
+if __name__ == "__main__":
+    main()

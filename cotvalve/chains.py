@@ -1,0 +1,105 @@
+"""MixChain that is there already: a run folder of `mix`, a file, or one of the authors' sets on the hub.
+
+Sets from elsewhere may hold questions that results are reported on; those are recognised by their words and left out.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cotvalve.errors import DataError
+from cotvalve.problems import NAMES
+from cotvalve.problems.dataset import hub_rows
+from cotvalve.problems.unseen import origin
+from cotvalve.records import Json, read_json, read_jsonl, read_parquet
+from cotvalve.types import Chain, MixChain, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixChain]:
+    """MixChain from a run folder of `mix`, a Parquet or JSON lines file, or a hub id of the authors' sets.
+
+    Knows two forms: ours (a `chains` column) and the authors' (question, answer, solution_0..4, correct_k;
+    solution_0 is the human one). Chains marked as wrong are left out. So are, in sets from elsewhere, questions that
+    must stay unseen; how many is logged as a warning. Raises DataError naming the row.
+    """
+    mix: list[MixChain] = []
+    own = _own(source)
+    unseen: Counter[str] = Counter()
+    for number, row in _table(source):
+        where = f"{source}: row {number}"
+        try:
+            answer = str(row["answer"])
+            question = str(row.get("question") or row["problem"])
+        except KeyError as error:
+            raise DataError(f"{where} has no column {error}; MixChain needs question, answer and chains or solution_k") from None
+        if not own and (where_from := origin(question)):
+            unseen[where_from] += 1
+            continue
+        if row.get("chains") is not None:
+            chains = [Chain(c["text"], int(c["tokens"]), c.get("alpha"), c.get("solution")) for c in row["chains"]]
+        else:
+            columns = sorted(int(k.removeprefix("solution_")) for k in row if k.startswith("solution_") and k[9:].isdigit())
+            if not columns:
+                raise DataError(f"{where} has neither 'chains' nor 'solution_0', 'solution_1', ...")
+            chains = [
+                Chain(text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), solution=k)
+                for k in columns
+                if (text := row[f"solution_{k}"]) and row.get(f"correct_{k}") not in (False, 0, "False", "false")
+            ]
+            # The authors' answer column may hold the whole human solution with "####" before the number.
+            answer = str(row.get("target") or answer).rpartition("####")[2].strip()
+        chains.sort(key=lambda chain: -chain.tokens)
+        mix.append(MixChain(Problem(str(row.get("id") or number), question, answer, row.get("kind") or "number"), tuple(chains)))
+    if unseen:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(unseen.items()))
+        said = f"{source}: {unseen.total()} of {unseen.total() + len(mix)} questions are in a test set or held out ({counts})"
+        if not mix:
+            raise DataError(f"{said}, so none is left to learn from; name training questions")
+        _log.warning("%s: they were left out", said)
+    if not any(m.chains for m in mix):
+        raise DataError(f"{source}: no right chain in it")
+    return mix
+
+
+def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
+    path = Path(source)
+    if path.is_dir() and (path / "mixchain.parquet").exists():
+        path = path / "mixchain.parquet"
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+        return
+    if path.suffix == ".json":
+        yield from enumerate(read_json(path), 1)
+        return
+    if path.suffix == ".parquet":
+        yield from enumerate(read_parquet(path), 1)
+        return
+    if path.exists():
+        raise DataError(f"{path}: expected a run folder of `mix` or a .parquet, .jsonl or .json file")
+    if str(source).count("/") != 1:
+        raise DataError(f"{source}: no such file or folder")
+    for row in hub_rows(str(source), None, "train", None, "name a file of it as --data (.parquet, .jsonl or .json)"):
+        yield row.number, row.values
+
+
+def _own(source: str | Path) -> bool:
+    """True for a run folder of `mix`, which samples training questions only."""
+    record = Path(source) / "run.json"
+    return record.exists() and read_json(record).get("verb") == "mix"
+
+
+def is_mixchain(data: str) -> bool:
+    """True when `data` names MixChain (a run folder, a file with chains, a hub id), not a data set of problems."""
+    if data in NAMES or data.endswith(".jsonl.gz"):
+        return False
+    if data.endswith(".jsonl") and Path(data).exists():
+        _, first = next(read_jsonl(Path(data)))
+        return "chains" in first or "solution_0" in first
+    return True
