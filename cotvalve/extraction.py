@@ -24,6 +24,7 @@ from cotvalve.errors import DataError, SettingError, unknown
 from cotvalve.records import write_json
 from cotvalve.taskvector import Endpoint, TaskVector
 from cotvalve.types import Progress, Toward, silent
+from cotvalve.weights import fingerprint
 
 if TYPE_CHECKING:
     from cotvalve.weights import Anatomy
@@ -146,7 +147,7 @@ def extract(
     report = {"rank": str(rank), "energy": f"{held / total:.6f}", "energy left out": ", ".join(
         f"{kind} {square / total:.6f}" for kind, square in left_out.items() if square
     )}  # fmt: skip
-    card = replace(vector.card, facts={**vector.card.facts, **report})
+    card = replace(vector.card, facts={**vector.card.facts, **report}, base_sha256=fingerprint(vector.start))
     # Endings would reach modules that were not chosen when the user names whole modules of some layers only.
     named = endings(factors)
     direction = Direction(factors, card, named if _reach(named, anatomy) == set(factors) else tuple(factors))

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cotvalve import costs, problems
+from cotvalve.architectures import Architecture, architecture
 from cotvalve.baselines import baselines
-from cotvalve.costs import CARDS, GIB, Architecture, Range, architecture
+from cotvalve.costs import CARDS, GIB, Range
 from cotvalve.errors import SettingError, unknown
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import Recipe, Step

@@ -69,12 +69,19 @@ def prompt(name: str) -> Prompt:
     return PROMPTS[name]
 
 
+def _check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template (a base model?); give --chat-template plain, or a "
+            ".jinja file, or another model that has one (chat_template= in Python)"
+        )
+
+
 def render(tokenizer: "PreTrainedTokenizerBase", question: str, how: Prompt, budget: int | None = None) -> str:
     """The whole prompt as text, ready to be continued by the model."""
     if how.budgets and budget is None:
         raise SettingError("this prompt needs a token budget; give budget=")
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct or reasoning model")
+    _check_template(tokenizer)
     messages = [{"role": "user", "content": how.user.format(question=question.strip(), budget=budget)}]
     if how.system is not None:
         messages.insert(0, {"role": "system", "content": how.system})
@@ -88,8 +95,7 @@ def render_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Map
     """
     from jinja2 import TemplateError
 
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct or reasoning model")
+    _check_template(tokenizer)
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
@@ -99,6 +105,7 @@ def render_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Map
 @lru_cache(maxsize=8)
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The mark a model writes to end its turn, read off the chat template ('<|im_end|>', '<|eot_id|>', ...)."""
+    _check_template(tokenizer)
     mark = "cotvalve-end-of-turn-probe"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": mark}]
     after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]

@@ -178,8 +178,8 @@ class Run:
         """Opens `folder`.
 
         `settings` are those that decide the rows: a folder made by others is refused with the first field
-        that differs, and so is one whose fact "data" (which holds a hash) was another. The other `facts` (hardware)
-        are written when the run begins.
+        that differs, and so is one whose data, base or direction (told by the hashes among the facts) changed under
+        its name. The other `facts` (hardware) are written when the run begins.
         """
         self.folder = folder
         record = folder / "run.json"
@@ -215,7 +215,7 @@ def _holds_work(folder: Path) -> bool:
 
 
 def _refuse_other(folder: Path, found: Json, verb: str, settings: Json, facts: Json) -> None:
-    """Raises DataError when `found` (a folder's run.json) is of another verb, other settings or other data."""
+    """Raises DataError when `found` (a folder's run.json) is of another verb, other settings, data or weights."""
     if found["verb"] != verb:
         raise DataError(f"{folder}: holds a run of '{found['verb']}', not '{verb}'; name another --out")
     before = found["settings"]
@@ -225,12 +225,17 @@ def _refuse_other(folder: Path, found: Json, verb: str, settings: Json, facts: J
                 f"{folder}: holds a run with {name}={before.get(name)!r}, this one has {settings.get(name)!r}; "
                 "name another --out, or the same settings to go on"
             )
-    data = found["facts"].get("data")
-    if facts.get("data", data) != data:
-        raise DataError(
-            f"{folder}: holds a run on other data ({data}; now {facts['data']}); name another --out, or put the data "
-            "back as it was to go on"
-        )
+    for name, what in _HASHED.items():
+        now, then = facts.get(name), found["facts"].get(name)
+        if now is not None and then is not None and now != then:
+            raise DataError(
+                f"{folder}: holds a run on another {what} of the same name ({then}; now {now}); name another --out, or "
+                f"put the {what} back as it was to go on"
+            )
+
+
+_HASHED = {"data": "data set", "base_sha256": "base model", "direction_sha256": "direction"}
+"""Facts that hold a hash, and what each is of."""
 
 
 def versions() -> Json:

@@ -78,6 +78,8 @@ def write_figures(points: Sequence[Point], folder: Path) -> list[Path]:
     colours = figures.palette(points)
     written: list[Path] = []
     for dataset, own in by_dataset(_drawable(points)).items():
+        if not _worth_a_figure(own):
+            continue
         drawn = {"curve": figures.curve(own, colours=colours)}
         if any(point.alpha is not None for point in own):
             drawn["dial"] = figures.dial(own, colours=colours)
@@ -210,6 +212,7 @@ def _section(dataset: str, points: list[Point], data: ReportData, colours: dict[
         }
 
     shown = _drawable(points)
+    pictured = shown if _worth_a_figure(points) else []
     dials = {name: own for name, own in figures.systems(shown).items() if own[-1].alpha is not None}
     evenness = [_dial(name, own) for name, own in dials.items() if len(own) > 1]
     return {
@@ -218,12 +221,17 @@ def _section(dataset: str, points: list[Point], data: ReportData, colours: dict[
         "samples": max(point.samples for point in points),
         "groups": figures.systems(points),
         "left_out": len(points) - len(shown),
-        "curve": drawn("Accuracy against mean tokens", figures.curve) if shown else {},
-        "dial": drawn("Mean tokens against alpha", figures.dial) if dials else {},
+        "curve": drawn("Accuracy against mean tokens", figures.curve) if pictured else {},
+        "dial": drawn("Mean tokens against alpha", figures.dial) if pictured and dials else {},
         "dials": evenness,
         "largest_share": max((abs(dial["largest"]) for dial in evenness), default=0) or 1,
         "paired": [pair for pair in data.paired if pair.dataset == dataset],
     }
+
+
+def _worth_a_figure(points: Sequence[Point]) -> bool:
+    """False for a subset of under 100 problems: tables show its intervals, a curve would show noise."""
+    return any(point.problems >= 100 or " (" not in point.dataset for point in points)
 
 
 def _drawable(points: Sequence[Point]) -> list[Point]:

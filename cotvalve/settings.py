@@ -85,6 +85,8 @@ class ModelSettings(Settings):
     """Load the base model in 4 bits (CUDA, bitsandbytes)."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
+    chat_template: str | None = None
+    """For a base model, or in place of a model's own: plain, a .jinja file, or a folder or hub id that has one."""
     data_dir: str | None = None
     """Folder with local copies of the data sets; else the environment variable COTVALVE_DATA; else the hub."""
 
@@ -94,5 +96,5 @@ class ModelSettings(Settings):
 
         return Valve.load(
             self.model, direction, dtype=self.dtype, device=self.device, gguf_file=self.gguf_file,
-            trust_remote_code=self.trust_remote_code, quantize_4bit=self.quantize_4bit,
+            trust_remote_code=self.trust_remote_code, quantize_4bit=self.quantize_4bit, chat_template=self.chat_template,
         )  # fmt: skip

@@ -9,6 +9,7 @@ Also here: a DoRA adapter as its exact weight difference (`from_dora`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,16 +19,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from cotvalve import checkpoints
+from cotvalve import checkpoints, vocabularies
 from cotvalve.adapters import load_adapter
-from cotvalve.direction import CARD, Card, refuse_fused
+from cotvalve.card import CARD, Card
+from cotvalve.direction import refuse_fused
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
 from cotvalve.records import read_json
 from cotvalve.types import Toward
-from cotvalve.weights import Anatomy, Checkpoint, Loaded, Weights
+from cotvalve.weights import Anatomy, Checkpoint, Loaded, Weights, fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 DELTAS = "deltas.safetensors"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +104,8 @@ class TaskVector:
                 facts["untied"] = f"{name} is tied in one checkpoint only; it is moved on its own"
         if not moves:
             raise DirectionMismatch(f"0 tensors are shared by {start.name} and {end.name}")
-        facts |= _compare_tokens(start, end, moves)
+        cut = next(((name, move.rows) for name, move in moves.items() if move.rows is not None), None)
+        facts |= vocabularies.compare(start, end, cut)
         base_name = start.portable if isinstance(start, Checkpoint) else start.name
         return cls(Card(base_name, toward, "extract", note, facts), start, end, moves)
 
@@ -165,6 +168,15 @@ class TaskVector:
             )
         return len(self.moves)
 
+    def sha256(self) -> str:
+        """Hex digest of the change: of theta2's fingerprint, or of the differences themselves."""
+        if not isinstance(self.end, Mapping):
+            return fingerprint(self.end)
+        digest = hashlib.sha256()
+        for name, delta in sorted(self.end.items()):
+            digest.update(name.encode() + delta.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     @torch.no_grad()
     def apply(self, model: PreTrainedModel, alpha: float) -> int:
         """**Overwrites the weights of `model`** with theta1 + alpha * (theta2 - theta1); returns the tensors written.
@@ -194,7 +206,7 @@ class TaskVector:
             checkpoints.write_tensors(folder / DELTAS, self.end)
             ends: dict[str, Any] = {"theta1": _reference(self.start), "deltas": DELTAS}
         elif isinstance(self.start, Checkpoint) and isinstance(self.end, Checkpoint):
-            ends = {"theta1": _reference(self.start), "theta2": _reference(self.end)}
+            ends = {"theta1": _reference(self.start), "theta2": _reference(self.end, folder)}
         else:
             raise DataError(
                 f"{folder}: not written: an exact task vector refers to checkpoints on disk; save both models first"
@@ -218,7 +230,8 @@ class TaskVector:
         _verify(start, found["theta1"], folder)
         if "deltas" in found:
             return _of_deltas(card, start, checkpoints.read_tensors(folder / found["deltas"]))
-        end = Checkpoint(found["theta2"]["name"])
+        # "." is the folder itself, wherever it was moved (full fine-tuning).
+        end = Checkpoint(folder if found["theta2"]["name"] == "." else found["theta2"]["name"])
         _verify(end, found["theta2"], folder)
         return replace(cls.between(start, end), card=card)
 
@@ -281,40 +294,6 @@ def _exact(tensor: Tensor, where: str, name: str) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _compare_tokens(start: Weights, end: Weights, moves: Mapping[str, Move]) -> dict[str, str]:
-    """Facts about two vocabularies; DirectionMismatch when a row would mean two different tokens."""
-    first, last = start.tokenizer(), end.tokenizer()
-    cut = next(((name, move.rows) for name, move in moves.items() if move.rows is not None), None)
-    name = cut[0] if cut else start.anatomy.vocabulary[0]
-    if first is None or last is None:
-        if cut:
-            raise DirectionMismatch(
-                f"{name}: {start.name} and {end.name} differ in rows, which cannot be matched without both tokenizers; "
-                "put each tokenizer beside its model"
-            )
-        return {"tokenizers": "not compared"}
-    mine, theirs = first.get_vocab(), last.get_vocab()
-    added = {*_added(first), *_added(last)}
-    differing = sorted(token for token in {*mine, *theirs} if mine.get(token) != theirs.get(token))
-    if ordinary := [token for token in differing if token not in added]:
-        raise DirectionMismatch(
-            f"{name}: {start.name} and {end.name} have different vocabularies ({len(ordinary)} tokens differ, the "
-            f"first is {ordinary[0]!r}); their rows cannot be subtracted"
-        )
-    if cut is None:
-        return {"tokenizers": f"{len(differing)} added tokens differ: {', '.join(differing[:8])}"} if differing else {}
-    if differing or max(mine.values()) >= int(cut[1] or 0):
-        raise DirectionMismatch(
-            f"{name}: {start.name} and {end.name} differ in rows and their tokenizers in {len(differing)} tokens "
-            f"({', '.join(differing[:3])}); resize the base's vocabulary to the reasoner's first"
-        )
-    return {"vocabulary": f"the tokenizers agree on {len(mine)} tokens; the first {cut[1]} rows move, the rest stay"}
-
-
-def _added(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return {token.content for token in tokenizer.added_tokens_decoder.values()}
-
-
 def _untie(model: PreTrainedModel, name: str) -> None:
     output = model.get_output_embeddings()
     if output is None or getattr(output, "weight", None) is not model.get_parameter(name):
@@ -325,8 +304,12 @@ def _untie(model: PreTrainedModel, name: str) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _reference(side: Weights) -> dict[str, Any]:
-    return {"name": side.portable, "sha256": side.hashes()} if isinstance(side, Checkpoint) else {"name": side.name}
+def _reference(side: Weights, folder: Path | None = None) -> dict[str, Any]:
+    """Name and hashes of a checkpoint; a card in the checkpoint's own `folder` calls it "."."""
+    if not isinstance(side, Checkpoint):
+        return {"name": side.name}
+    here = folder is not None and side.folder.resolve() == folder.resolve()
+    return {"name": "." if here else side.portable, "sha256": side.hashes()}
 
 
 def _verify(side: Checkpoint | Loaded, reference: Mapping[str, Any], folder: Path) -> None:

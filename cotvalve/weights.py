@@ -6,16 +6,19 @@ module's weight, an embedding, a norm) comes from the model's own structure, bui
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import safetensors
+import torch
 from torch import Tensor, nn
 
 from cotvalve import checkpoints
+from cotvalve.adapters import PREFIX
 from cotvalve.errors import DataError, DirectionMismatch
 from cotvalve.records import read_json, sha256
 
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BLOB = re.compile(r"[0-9a-f]{64}")
+_SAMPLE = 64
+"""Values of each tensor that a fingerprint reads."""
+_SMALLEST = 2.0**-14
+"""fp16's smallest normal number: below it fp16 and bf16 round differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,3 +183,38 @@ class Loaded:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that was given with the model."""
         return self._tokenizer
+
+
+def fingerprint(of: Weights | nn.Module) -> str:
+    """Hex sha256 of names, shapes and 64 values of every tensor of a model, at places spread over it.
+
+    Values are rounded to bf16, and those below 2^-14 count as 0: a checkpoint gives the same digest sharded or whole,
+    loaded in fp32 or bf16 (fp16 too, when it is stored in 16 bits), with a LoRA on it or without. Training changes
+    it; a change of a few rows of a table may not. Empty for a quantized model, whose values are not there to read.
+    """
+    digest = hashlib.sha256()
+    if isinstance(of, nn.Module) and getattr(of, "is_quantized", False):
+        return ""
+    values: list[Tensor] = []
+    for name, tensor in sorted(_named(of), key=lambda pair: pair[0]):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        # Multiples of the golden ratio: evenly spread, and never one column of a matrix again and again.
+        places = [((k * 0x9E3779B97F4A7C15) % 2**64) * flat.numel() >> 64 for k in range(_SAMPLE)]
+        values.append(flat[torch.tensor(places, device=flat.device)].float().cpu())
+    sample = torch.cat(values).to(torch.bfloat16)
+    sample = torch.where(sample.abs() < _SMALLEST, 0.0, sample)
+    digest.update(sample.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _named(of: Weights | nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by their names in the base model, each tied weight once."""
+    if not isinstance(of, nn.Module):
+        yield from ((name, of.read(name)) for name in of.anatomy.shapes)
+        return
+    seen: set[int] = set()
+    for name, tensor in of.state_dict(keep_vars=True).items():
+        if ".lora_" not in name and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name.removeprefix(PREFIX).replace(".base_layer.", "."), tensor

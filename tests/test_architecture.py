@@ -16,15 +16,16 @@ ORDER = """
     errors types values baselines repetition records settings
     answers mathanswers mathjudge grading
     problems.dataset problems.arithmetic_words problems.arithmetic problems.arithmetic_chains
-    problems.aime problems.asdiv problems.gsm8k problems.math500 problems.jsonl problems.prm12k problems
+    problems.aime problems.asdiv problems.gsm8k problems.math500 problems.jsonl problems.prm12k problems problems.unseen
     prompts
-    checkpoints adapters weights direction taskvector extraction
-    valve
+    checkpoints templates adapters weights card direction vocabularies taskvector extraction
+    valve fusing
     engines engines.sampling engines.slots engines.generate engines.transformers engines.live
-    recipes mixchain
-    batches learner train
+    engines.vllm_adapters engines.vllm_dial engines.vllm
+    chains recipes mixchain
+    batches headloss lean learner train
     resampling statistics figures report
-    sweep verbs pipeline costs plan
+    sweep verbs pipeline architectures costs plan
     calibration calibrate
     serve serve.protocol serve.batching serve.app
     progress cli

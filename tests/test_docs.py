@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from typer.main import get_command
 
-from cotvalve import calibration, cli, mixchain, pipeline, types
+from cotvalve import calibration, card, cli, mixchain, pipeline, types
 
 PACKAGE = ROOT / "cotvalve"
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README.md")], key=lambda page: page.name)
@@ -151,7 +151,7 @@ def test_yaml_blocks_are_recipes(page: Path, body: str, tmp_path: Path) -> None:
 def test_formats_name_every_field() -> None:
     """formats.md lists the fields of what is written; a new field has to be told."""
     told = set(INLINE.findall(text(ROOT / "docs" / "formats.md")))
-    written = [types.Point, types.Chain, calibration.Calibration, calibration.Position, calibration.Error]
+    written = [types.Point, types.Chain, card.Card, calibration.Calibration, calibration.Position, calibration.Error]
     for cls in written:
         missing = {field.name for field in dataclasses.fields(cls)} - told
         assert not missing, f"{cls.__name__}: {missing}"
@@ -194,7 +194,7 @@ def test_every_equation_has_its_code() -> None:
     # 1, theta + alpha delta (LoRA, task vector), 2, MixChain, 3, 4, +P, 5
     assert quoted >= {
         "encode", "Learner.forward", "Dial._turn", "TaskVector.at", "low_rank", "valve", "assemble",
-        "ValveTrainer.training_step", "beta", "plus", "progressive", "acu",
+        "ValveTrainer._learn", "beta", "plus", "progressive", "acu",
     }  # fmt: skip
     for number in range(1, 6):
         assert f"## Equation {number}: " in text(ROOT / "docs" / "method.md")

@@ -74,6 +74,22 @@ def test_every_chain_has_one_fate_and_is_counted() -> None:
     assert list(report.by_alpha) == ["0", "0.5", "1"]
 
 
+def test_the_same_chain_at_several_alphas_is_that_of_the_smallest() -> None:
+    """Rows come by key, and as text "0.5" stands before "0" and "-1" before both: numbers decide, not text."""
+    rows = [sampled(0, "same", 30, alpha) for alpha in (0.5, 1.0, 0.0)] + [sampled(0, "other", 10, 1.0)]
+    (made,), report = assemble(rows, PROBLEMS, MixSettings())
+    assert [(c.text, c.alpha) for c in made.chains] == [("same", 0.0), ("other", 1.0)]
+    assert report.duplicates == 2
+    assert (report.by_alpha["0"]["kept"], report.by_alpha["0.5"]["kept"]) == (1, 0)
+    (made,), _ = assemble([sampled(0, "same", 30, -1.0), *rows], PROBLEMS, MixSettings())
+    assert made.chains[0].alpha == -1.0
+
+
+def test_a_question_needs_a_chain() -> None:
+    with pytest.raises(SettingError, match="fewest has to be 1 or more"):
+        MixSettings(fewest=0)
+
+
 def test_chains_are_longest_first_by_tokens_not_by_text() -> None:
     rows = [sampled(0, "x" * 100, 10), sampled(0, "y", 50), sampled(0, "z" * 50, 20)]
     (made,), _ = assemble(rows, PROBLEMS, MixSettings())
@@ -210,10 +226,51 @@ def test_mixchain_that_is_not_there() -> None:
             load(name, models.tokenizer())
 
 
+def foreign(path: Path, questions: list[str]) -> Path:
+    """A set in the authors' columns, as someone else numbers it."""
+    rows = [{"question": q, "answer": "5", "solution_0": "five", "solution_1": "it is five"} for q in questions]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return path
+
+
+def test_questions_that_must_stay_unseen_are_left_out_of_a_set_from_elsewhere(
+    tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their ids are the other set's own, so they are known by their words; `train` never sees one."""
+    free = [p.question for p in problems.training("arithmetic")[:4]]
+    kept_back = [p.question for p in problems.load("arithmetic", split="heldout")[:2]]
+    tests = [p.question for p in problems.load("arithmetic", split="test")[:3]]
+    spelled = tests[0].upper().replace(" ", "  ")  # another edition of the same words
+    path = foreign(tmp_path / "theirs.jsonl", [free[0], spelled, *kept_back, *tests[1:], *free[1:]])
+    with caplog.at_level("WARNING", "cotvalve"):
+        mix = load(path, models.tokenizer())
+    assert [m.problem.question for m in mix] == free
+    (told,) = caplog.messages
+    assert "5 of 9 questions are in a test set or held out (arithmetic heldout 2, arithmetic test 3)" in told
+    assert "\n" not in told
+    models.save(models.llama(), tmp_path / "model")
+    out = tmp_path / "out"
+    assert command("train", "valve", "--model", str(tmp_path / "model"), "--data", str(path), "--device", "cpu", "--out", str(out))[0] == 0
+    assert read_json(out / "train.json")["stages"][0]["examples"] == 4
+    with pytest.raises(DataError, match=r"3 of 3 questions are in a test set .* none is left to learn from"):
+        load(foreign(path, tests), models.tokenizer())
+
+
+def test_our_own_mix_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Its questions were training questions when it was sampled; the folder says whose it is."""
+    question = problems.load("arithmetic", split="test")[0].question
+    save(tmp_path, [MixChain(Problem("p", question, "5"), (Chain("five", 3, 0.0),))])
+    with pytest.raises(DataError, match="1 of 1 questions"):
+        load(tmp_path, models.tokenizer())
+    (tmp_path / "run.json").write_text('{"verb": "mix", "settings": {}, "facts": {}}')
+    assert len(load(tmp_path, models.tokenizer())) == 1
+
+
 def test_problems_are_not_taken_for_mixchain(tmp_path: Path) -> None:
     (tmp_path / "qa.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
     assert not is_mixchain(str(tmp_path / "qa.jsonl"))
     assert not is_mixchain("gsm8k")
+    assert not is_mixchain("mine.jsonl.gz"), "problems may be gzipped; it was taken for chains, and refused as such"
 
 
 def test_human_solutions_are_one_chain_each_in_the_models_words() -> None:
@@ -389,6 +446,42 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_tables(
     assert [(p["system"], p["alpha"], p["problems"]) for p in points["points"]] == [
         ("plain model", None, 8), ("prompt: shortcut", None, 8), ("d", 0.0, 8), ("d", 0.5, 8), ("d", 1.0, 8),
     ]  # fmt: skip
+
+
+def test_a_sweep_on_a_full_disk_goes_on_to_the_same_tables(
+    direction: Path, questions: Path, tmp_path: Path, command: Command
+) -> None:
+    """Full while rows are written, then with all rows there: at its tables, its figures and its report."""
+    assert command(*sweeping(direction, questions, tmp_path / "whole"))[0] == 0
+    out = tmp_path / "out"
+
+    def full(room: int) -> None:
+        with small_disk(room):
+            code, said = command(*sweeping(direction, questions, out))
+        assert code == 2, said
+        (line,) = [part for part in said.splitlines() if part.startswith("cotvalve: ")]
+        assert "the disk is full" in line
+        assert "run the same command again" in line
+        assert "Traceback" not in said
+
+    full(150_000)
+    before = stored(out)
+    assert 3 < len(before) < 32
+    assert not (out / "points.json").exists()
+    finished = [(out / "rows.parquet", 1_000), (out / "report.html", 15_000)]
+    assert command(*sweeping(direction, questions, out))[0] == 0
+    assert {key: stored(out)[key] for key in before} == before
+    for path, room in finished:
+        kept = path.read_bytes()
+        assert len(kept) > room
+        full(room)
+        assert path.read_bytes() == kept, "what it held before stays"
+    assert command(*sweeping(direction, questions, out))[0] == 0
+    assert stored(out) == stored(tmp_path / "whole")
+    assert len(stored(out)) == 8 * (1 + 1 + 2)
+    for name in ("points.json", "rows.parquet"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not [path for path in out.iterdir() if path.name.startswith(".")], "nothing half written is left"
 
 
 def test_training_on_a_full_disk_goes_on_too(tmp_path: Path, command: Command) -> None:

@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel
 
 from cotvalve import costs, pipeline, plan
-from cotvalve.costs import ALLOCATOR, CARDS, GIB, Architecture, Range, architecture
+from cotvalve.architectures import Architecture, architecture
+from cotvalve.costs import ALLOCATOR, CARDS, GIB, Range
 from cotvalve.errors import SettingError
 from cotvalve.mixchain import MixSettings
 from cotvalve.train import FitSettings, TrainSettings
@@ -271,8 +273,26 @@ def test_the_hub_s_cache_is_looked_at_and_the_hub_is_not(tmp_path: Path, monkeyp
     assert architecture("some/model", {}).layers == 2
     with pytest.raises(SettingError, match=r"layers is 9, but .*config\.json says 2; correct the recipe"):
         architecture("some/model", {"some/model": numbers(layers=9)})
-    with pytest.raises(SettingError, match=r"the size of model 'some/other' is not known: .* has only some/model"):
+    with pytest.raises(SettingError, match=r"the size of model 'some/other' is not known: .* in the recipe, which has some/model$"):
         architecture("some/other", {"some/model": numbers()})
+
+
+def test_another_model_s_sizes_come_from_its_config(tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
+    """`run --plan RECIPE --model X`: a folder with a config.json is enough; without one the way out is said."""
+    folder = tmp_path / "mine"
+    models.llama(layers=3).config.save_pretrained(folder)
+    told = plan.describe(pipeline.read("qwen2.5-coder-1.5b", model=str(folder)))
+    assert re.search(rf"^{re.escape(str(folder))}: llama, 4\.53e-05 billion parameters \(config in ", told, re.MULTILINE), told
+    code, said = command("run", "--plan", "qwen2.5-coder-1.5b", "--model", str(folder))
+    assert (code, said) == (0, "")
+    (tmp_path / "empty").mkdir()
+    for name, why in ((str(tmp_path / "empty"), "no config.json in that folder"), ("some/other", "no such folder here")):
+        code, said = command("run", "--plan", "qwen2.5-coder-1.5b", "--model", name)
+        assert code == 2
+        assert f"the size of model '{name}' is not known: {why}" in said
+        assert "name a folder that holds its config.json" in said
+        assert "sizes: models: in the recipe" in said
+        assert len(said.splitlines()) == 1
 
 
 def test_what_cannot_be_planned_says_what_is_missing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from cotvalve import mixchain, pipeline, recipes, train
-from cotvalve.costs import Architecture, architecture
+from cotvalve.architectures import Architecture, architecture
 from cotvalve.errors import DataError, SettingError
 from cotvalve.pipeline import VERBS, Recipe
 from cotvalve.train import TrainSettings

@@ -235,7 +235,7 @@ def test_a_run_goes_on_in_its_folder_and_keeps_its_first_facts(tmp_path: Path) -
         ("mix", {"seed": 1, "limit": 5}, {}, "limit=None, this one has 5"),
         ("mix", {"seed": 1}, {}, None),
         ("mix", {"seed": 1, "limit": None, "added": 3}, {}, "added=None, this one has 3"),
-        ("mix", {"seed": 1, "limit": None}, {"data": "gsm8k (2 questions, ffff)"}, "other data .*0000.*ffff"),
+        ("mix", {"seed": 1, "limit": None}, {"data": "gsm8k (2 questions, ffff)"}, "another data set of the same name .*0000.*ffff"),
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_not_touched(

@@ -272,6 +272,16 @@ def test_write_report_writes_the_page_the_tables_and_the_figures(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_small_subset_has_its_table_and_no_figure(tmp_path):
+    whole = [made_point(alpha=a) for a in (0.0, 1.0)]
+    small = [made_point(alpha=a, dataset="gsm8k (farm)", problems=24) for a in (0.0, 1.0)]
+    large = [made_point(alpha=a, dataset="gsm8k (shop)", problems=100) for a in (0.0, 1.0)]
+    page = write_report(ReportData(title="t", points=(*whole, *small, *large)), tmp_path).read_text()
+    assert "gsm8k (farm)" in page
+    names = {path.name for path in tmp_path.glob("*.svg")}
+    assert names == {"curve-gsm8k.svg", "dial-gsm8k.svg", "curve-gsm8k-shop.svg", "dial-gsm8k-shop.svg"}
+
+
 def test_svg_files_are_the_same_bytes_every_time_and_carry_no_date(tmp_path):
     points = curve_points()
     first = [path.read_bytes() for path in write_figures(points, tmp_path / "one")]

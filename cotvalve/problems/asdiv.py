@@ -78,6 +78,7 @@ def read(_split: str, folder: Path | None) -> list[Problem]:
 def _fetched() -> Path:
     import pooch
 
+    pooch.get_logger().setLevel("WARNING")  # it tells every download on standard error
     try:
         return Path(
             pooch.retrieve(

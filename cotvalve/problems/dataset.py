@@ -87,8 +87,16 @@ def local_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable gzip file of JSON lines ({error})") from None
 
 
-def hub_rows(repository: str, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
-    """Rows of a data set on the Hugging Face hub, from its cache once downloaded."""
+FOLDER_INSTEAD = f"name a folder that holds it with --data-dir or {ENVIRONMENT} (docs/data.md has its layout)"
+
+
+def hub_rows(
+    repository: str, config: str | None, split: str, revision: str | None, instead: str = FOLDER_INSTEAD
+) -> Iterator[Row]:
+    """Rows of a data set on the Hugging Face hub, from its cache once downloaded.
+
+    Raises DataError when it cannot be had; `instead` is what to do without the hub.
+    """
     import datasets
 
     try:
@@ -96,8 +104,7 @@ def hub_rows(repository: str, config: str | None, split: str, revision: str | No
     except (OSError, ValueError) as error:  # offline, not found, no such config: all are one of these two
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"data set '{repository}' could not be loaded from the hub ({said}); go online once to download it, or "
-            f"name a folder that holds it with --data-dir or {ENVIRONMENT} (docs/data.md has its layout)"
+            f"data set '{repository}' could not be loaded from the hub ({said}); go online once to download it, or {instead}"
         ) from None
     return rows_of(table, f"hub:{repository}")
 

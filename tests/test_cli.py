@@ -1,0 +1,67 @@
+"""What the command line shows: help in one order with its defaults, and nothing on the screen that is not ours."""
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from typer.main import get_command
+
+from cotvalve import cli, pipeline
+from cotvalve.progress import Notes
+
+
+def verbs() -> dict[str, Any]:
+    cli._register()
+    return dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", [*pipeline.VERBS, "serve"])
+def test_help_begins_with_what_every_call_gives(name: str) -> None:
+    """Model, data, direction and out come first in this order, and how models are loaded comes last."""
+    shown = [param.name for param in verbs()[name].params]
+    given = [field for field in cli.FIRST if field in shown]
+    arguments = pipeline.VERBS[name].arguments if name in pipeline.VERBS else ()
+    assert tuple(shown[: len(arguments)]) == arguments
+    assert shown[len(arguments) :][: len(given)] == given
+    if "dtype" in shown:
+        assert set(shown[-5:]) <= set(cli.ModelSettings.model_fields)
+
+
+def test_help_tells_the_defaults() -> None:
+    """In square brackets they were taken for markup, and not shown at all."""
+    ran = subprocess.run([sys.executable, "-m", "cotvalve", "sweep", "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    plain = " ".join(re.sub(r"[│╭╮╰╯─]|\x1b\[[0-9;]*m", " ", ran.stdout).split())
+    for default in ("tiny-reasoner", "gsm8k", "0,0.25,0.5,0.75,1", "runs/sweep", "1024", "50,100,200"):
+        assert f"(default: {default})" in plain, default
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fuse --model tiny-reasoner --direction tiny-valve",
+        "sweep --model tiny-reasoner --direction tiny-valve --data arithmetic --limit 2 --alphas 0,1 --max-new-tokens 8",
+    ],
+)
+def test_only_our_own_progress_is_drawn(line: str, tmp_path: Path) -> None:
+    """transformers draws a bar for loading and one for writing each model."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "cotvalve", *line.split(), "--device", "cpu", "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    lines = ran.stderr.splitlines()
+    assert lines
+    for told in lines:
+        assert re.match(r"(fuse|sample): \d+/\d+", told), ran.stderr
+    assert "\r" not in ran.stderr
+
+
+def test_a_warning_is_one_line_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Notes.on()
+    Notes.on()
+    logging.getLogger("cotvalve.valve").warning("two\nlines of %s", "it")
+    assert capsys.readouterr().err == "cotvalve: note: two lines of it\n"
