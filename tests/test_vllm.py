@@ -223,7 +223,7 @@ def test_nan_cannot_leak_through_alpha_0_and_directions_can_be_changed(tiny: Val
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
 def test_other_architectures(name: str, tmp_path: Path) -> None:
     """Random weights; rsLoRA, tied and untied heads, biases on q, k and v, half of the modules."""
-    model = models.MAKERS[name](tied=name == "llama", hidden=64)
+    model = models.MAKERS[name](tied=name == "llama", hidden=128)
     folder = models.save(model, tmp_path / "model")
     targets = models.PROJECTIONS if name == "qwen2" else ("q_proj", "v_proj", "up_proj")
     peft = models.lora(model, rank=3, lora_alpha=5, targets=targets, use_rslora=name == "llama", by=0.1)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 STOCK_SLOTS = 8
 """Alphas that stock multi-LoRA runs at once; each slot is a copy of the adapter's weights on the GPU."""
 
+DEATHS = 3
+"""Deaths in a row without a finished chain, after which it is not started again."""
 CPU_CACHE = 2 << 30
 """Bytes for keys and values on a CPU, where vLLM would take nearly all memory; VLLM_CPU_KVCACHE_SPACE overrides it."""
 
@@ -63,6 +65,10 @@ class Options:
     stock_slots: int = STOCK_SLOTS
     more: dict[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of vLLM's EngineArgs, as they are."""
+
+
+class Died(EngineError):
+    """A running vLLM ended; what it had finished stands, and another one can go on."""
 
 
 class VllmEngine:
@@ -110,6 +116,7 @@ class VllmEngine:
             raise EngineError(f"alpha {turned.request.alpha:g} was asked for but no direction is loaded; name one with --direction")
         progress("sample", done, total, self.facts()["engine"])
         waiting = {str(i): e for i, e in enumerate(encoded)}
+        fruitless = 0
         while waiting:
             before = len(waiting)
             try:
@@ -119,9 +126,10 @@ class VllmEngine:
                     tokens += 0 if ids is None else len(ids)
                     yield _completion(self._codec, e, ids, self._server.context)
                     progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
-            except EngineError:
+            except Died:
                 self._server.close()
-                if len(waiting) == before and self._server.batch == 1:
+                fruitless = fruitless + 1 if len(waiting) == before else 0
+                if fruitless == DEATHS:
                     raise
                 progress("sample", done, total, "vLLM died: starting it again with half the batch")
                 self._restart(max(1, self._server.batch // 2))
@@ -264,7 +272,7 @@ class Server:
                         yield output.request_id, list(output.outputs[0].token_ids)
         except (EngineDeadError, torch.OutOfMemoryError, RuntimeError) as error:
             running.clear()
-            raise EngineError(f"vLLM died: {_line(error)}") from error
+            raise Died(f"vLLM died: {_line(error)}") from error
         finally:
             self._busy = False
             if running:
@@ -272,6 +280,7 @@ class Server:
 
     def _add(self, id: str, e: Encoded) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -282,7 +291,7 @@ class Server:
                 seed=request.seed if request.temperature > 0 else None, stop_token_ids=self._stops, ignore_eos=True,
                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             raise SettingError(f"vLLM refuses the request: {_line(error)}; use engine 'transformers'") from error
         lora = self.position(request.alpha) if self.lora else None
         self._engine.add_request(id, TokensPrompt(prompt_token_ids=e.ids), how, lora_request=lora)
