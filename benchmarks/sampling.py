@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,9 +65,10 @@ def main() -> None:
     """Runs the parts one after the other and prints the table."""
     args = arguments()
     if args.part:
-        found = run(args.part, args)
-        with open(args.out, "a", encoding="utf-8") as out:
-            out.write(json.dumps(found) + "\n")
+        for found in run(args.part, args):
+            # As it is found: a part that is cut off keeps what it had.
+            with open(args.out, "a", encoding="utf-8") as out:
+                out.write(json.dumps(found) + "\n")
         return
     parts = args.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -114,19 +116,22 @@ def table(done: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(part: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One part, in this process."""
+def run(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One part, in this process: one result for each number of alphas."""
     import torch
 
     found: dict[str, Any] = {"part": part, "model": args.model, "requests": args.requests, "tokens": args.tokens}
     found["card"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     if part == "floor":
-        return found | floor(args)
+        yield found | floor(args)
+        return
     if part == "smoke":
         engine = make("dial", args)
-        return found | {"engine": engine.facts()["engine"]} | smoke(engine, args)
+        yield found | {"engine": engine.facts()["engine"]} | smoke(engine, args)
+        return
     if part.startswith("profile"):
-        return found | profile(args, dial=part == "profile")
+        yield found | profile(args, dial=part == "profile")
+        return
     began = time.monotonic()
     engine = make(part, args)
     start = time.monotonic() - began
@@ -135,7 +140,6 @@ def run(part: str, args: argparse.Namespace) -> dict[str, Any]:
         found["smoke"] = smoke(engine, args)
         print(f"   started in {start:.0f} s; {found['smoke']}", flush=True)
     counts = [int(n) for n in args.distinct.split(",")] if part == "many" else [32 if part == "stock32" else args.alphas]
-    rows: list[dict[str, Any]] = []
     for n in counts:
         grid = [0.0] if part == "base" else [round(1.5 * i / n, 6) for i in range(1, n + 1)]
         # Compiles and captures what this workload needs, on prompts of its own.
@@ -149,14 +153,14 @@ def run(part: str, args: argparse.Namespace) -> dict[str, Any]:
             tokens = sum(completion.tokens for completion in made)
             assert (len(made), tokens) == (args.requests, args.requests * args.tokens)
         name = f"dial, {n} alphas" if part in ("dial", "many") else f"stock, {n} alphas" if part.startswith("stock") else part
-        rows.append(
-            {"name": name, "tokens_per_second": args.requests * args.tokens / min(seconds), "seconds": seconds,
-             "memory_gb": memory(), "start_seconds": start}
-        )  # fmt: skip
-        print(f"   {name}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+        row = {
+            "name": name, "tokens_per_second": args.requests * args.tokens / min(seconds), "seconds": seconds,
+            "memory_gb": memory(), "start_seconds": start,
+        }  # fmt: skip
+        print(f"   {name}: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
+        yield found | {"rows": [row]}
     if hasattr(engine, "close"):
         engine.close()
-    return found | {"rows": rows}
 
 
 def make(part: str, args: argparse.Namespace) -> Any:

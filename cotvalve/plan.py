@@ -216,7 +216,7 @@ def _learned(plan: _Plan, settings: TrainSettings) -> Chains:
         return Chains(Range.of(questions), Range.of(len(solutions)), Range(min(solutions), max(solutions)), solutions)
     human = _human(plan, settings.data)
     tokens = Range.of(human) if human else Range(PROMPT, settings.max_length)
-    return Chains(Range.of(_size(plan, settings.data, "train")), Range.of(plan.data(settings.data).get("chains", 1)), tokens)
+    return Chains(Range.of(_trainable(plan, settings.data)), Range.of(plan.data(settings.data).get("chains", 1)), tokens)
 
 
 def _sampled(folder: Path) -> Chains:
@@ -228,7 +228,7 @@ def _sampled(folder: Path) -> Chains:
 
 
 def _mix(plan: _Plan, step: Step, settings: MixSettings) -> Line:
-    questions = min(_size(plan, settings.data, "train"), settings.limit or math.inf)
+    questions = min(_trainable(plan, settings.data), settings.limit or math.inf)
     positions = len(settings.alphas) if settings.direction else 1
     sampled = positions * settings.samples
     low, high = plan.answers(step.name, settings.data, settings.max_new_tokens)
@@ -266,6 +266,14 @@ def _sampling(plan: _Plan, step: Step, settings: Sampling, count: float, length:
         f"{_some(at.slots, 'slot')} in {at.cards} x {card.name}" for at, card in zip(memory, CARDS, strict=True)
     )
     return Line(step.name, step.verb, work, length * count, None, hours, said, tuple(at.cards for at in memory))
+
+
+def _trainable(plan: _Plan, name: str) -> int:
+    """Questions that may be learned from: less the held-out ones."""
+    if Path(name).is_file():
+        return len(problems.training(name))
+    known = name in problems.NAMES and "train" in problems.describe(name).sizes
+    return problems.trainable(name) if known else _size(plan, name, "train")
 
 
 def _size(plan: _Plan, name: str, split: str) -> int:

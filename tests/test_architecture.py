@@ -21,7 +21,7 @@ ORDER = """
     checkpoints templates adapters weights card direction vocabularies taskvector extraction
     valve fusing
     engines engines.sampling engines.slots engines.generate engines.transformers engines.live
-    engines.vllm_adapters engines.vllm_dial engines.vllm
+    engines.vllm_adapters engines.vllm_support engines.vllm_dial engines.vllm
     chains recipes mixchain
     batches headloss lean learner train
     resampling statistics figures report

@@ -1,13 +1,17 @@
 """Recipes are read and refused before anything runs; steps run once."""
 
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from cotvalve import pipeline
 from cotvalve.errors import DataError, SettingError
 from cotvalve.mixchain import MixSettings
-from cotvalve.records import read_json
+from cotvalve.records import RowStore, read_json, write_json
 from cotvalve.sweep import SweepSettings
 from cotvalve.train import TrainSettings
 from cotvalve.verbs import ExtractSettings
@@ -170,3 +174,77 @@ steps:
     with pytest.raises(DataError, match="not empty"):
         dict(pipeline.run(changed))
     assert read_json(ran["low"] / "extraction.json")["rank"] == 4
+
+
+SHRUNK: dict[str, dict[str, Any]] = {
+    "valve": {"limit": 4, "epochs": 2},
+    "mix": {"limit": 6},
+    "plus": {"epochs": 1},
+    "sweep": {"limit": 3, "split": "validation", "alphas": "0, 0.5, 1", "max_new_tokens": 60},
+}
+"""What makes the demo's recipe small; everything else is as it stands in recipes/tiny.yaml."""
+
+
+def shrunk(folder: Path) -> str:
+    recipe = yaml.safe_load(pipeline.recipe_path("tiny").read_text(encoding="utf-8"))
+    recipe["common"] |= {"device": "cpu", "max_new_tokens": 300}
+    for name, smaller in SHRUNK.items():
+        recipe["steps"][name] |= smaller
+    return write(folder, yaml.safe_dump(recipe, sort_keys=False))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    with closing(RowStore(folder / "rows.sqlite")) as store:
+        return store.rows()
+
+
+def test_the_demo_s_recipe_runs_whole_and_goes_on(tmp_path: Path) -> None:
+    """Stopped after two of its steps, run to its end, and once more with a step's record lost."""
+    recipe = pipeline.read(shrunk(tmp_path), out=str(tmp_path / "out"), seed=0)
+    names = [step.name for step in recipe.steps]
+    assert set(SHRUNK) <= set(names)
+    told: list[str] = []
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        assert 0 <= done <= total, note
+        told.append(task.partition(":")[0])
+
+    begun = dict(islice(pipeline.run(recipe, progress), 2))
+    assert list(begun) == names[:2] == ["valve", "mix"]
+    assert not (tmp_path / "out" / names[2]).exists()
+    sampled = rows(begun["mix"])
+    mixed = next(step.settings for step in recipe.steps if step.name == "mix")
+    assert isinstance(mixed, MixSettings)
+    assert len(sampled) == 6 * len(mixed.alphas) * mixed.samples
+
+    told.clear()
+    made = dict(pipeline.run(recipe, progress))
+    assert list(made) == names
+    assert set(told).isdisjoint(begun), "finished steps are passed over"
+    assert rows(begun["mix"]) == sampled
+    for name in names:
+        assert read_json(tmp_path / "out" / name / "run.json")["settings"]
+    report = tmp_path / "out" / "sweep" / "report.html"
+    assert made["sweep"] == report
+    assert "<svg" in report.read_text(encoding="utf-8")
+    assert "CoT-Valve++" in report.with_suffix(".md").read_text(encoding="utf-8")
+    assert {row["problem"].split("/")[1] for row in rows(tmp_path / "out" / "sweep")} == {"validation"}
+
+    # As if the process had been killed between a step's last row and the note that it is done.
+    record = tmp_path / "out" / "steps.json"
+    done = read_json(record)
+    del done["mix"]
+    write_json(record, done)
+    # Marked, because rows sampled again with the same seed would look the same.
+    stamped = [{**row, "text": f"{row['text']} (kept)"} for row in sampled]
+    with closing(RowStore(begun["mix"] / "rows.sqlite")) as store:
+        keys = sorted(store.keys())
+    (begun["mix"] / "rows.sqlite").unlink()
+    with closing(RowStore(begun["mix"] / "rows.sqlite")) as store:
+        for key, row in zip(keys, stamped, strict=True):
+            store.add(key, row)
+    told.clear()
+    assert dict(pipeline.run(recipe, progress)) == made
+    assert rows(begun["mix"]) == stamped
+    assert set(told) <= {"mix"}
+    assert set(read_json(record)) == set(names)

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from cotvalve import mixchain, pipeline, recipes, train
+from cotvalve import mixchain, pipeline, plan, recipes, train
 from cotvalve.architectures import Architecture, architecture
 from cotvalve.errors import DataError, SettingError
 from cotvalve.pipeline import VERBS, Recipe
+from cotvalve.sweep import SweepSettings, named_directions
 from cotvalve.train import TrainSettings
 from cotvalve.types import Chain, MixChain, Problem
 from cotvalve.valve import Valve
@@ -210,11 +211,16 @@ def test_a_recipe_reads_and_says_what_it_is(name: str) -> None:
 STATED = {
     ("qwq-32b-preview", "valve"): (2, 8, 1e-5, 64, 0.01, 5),
     ("qwq-32b-preview", "progressive"): (2, 8, 1e-5, 64, 0.01, 1),
+    ("qwq-32b-preview", "prm12k"): (2, 8, 1e-5, 64, 0.01, 1),
     ("llama-3.1-8b", "valve"): (32, 64, 4e-5, 64, 0.01, 8),
     ("llama-3.1-8b", "progressive"): (32, 64, 4e-5, 64, 0.01, 2),
     ("llama-3.2-1b-instruct", "valve"): (32, 64, 4e-5, 8, 0.01, 4),
+    ("llama-3.2-1b-instruct", "dora"): (32, 64, 4e-5, 8, 0.01, 5),
     ("llama-3.2-1b-instruct", "progressive"): (32, 64, 4e-5, 64, 0.01, 2),
     ("llama-3.2-1b-instruct", "sft"): (32, 64, 1e-5, 64, 0.01, 8),
+    ("llama-3.2-1b-instruct", "sft-full"): (None, None, 1e-5, 64, 0.01, 6),
+    # Batch and epochs alone are stated for this model; the rest is that of LLaMA-3.1-8B.
+    ("r1-distill-llama-8b", "valve"): (32, 64, 4e-5, 128, 0.01, 5),
     ("qwen2.5-coder-1.5b", "plus"): (4, 16, 1e-4, 64, 0.01, 1),
 }
 
@@ -223,8 +229,47 @@ STATED = {
 def test_hyper_parameters_are_the_paper_s(name: str, step: str) -> None:
     s = next(found.settings for found in pipeline.read(name).steps if found.name == step)
     assert isinstance(s, TrainSettings)
-    assert (s.rank, s.lora_alpha, s.learning_rate, s.batch, s.weight_decay, s.epochs) == STATED[name, step]
-    assert not s.full
+    rank, lora_alpha = (None, None) if s.full else (s.rank, s.lora_alpha)
+    assert (rank, lora_alpha, s.learning_rate, s.batch, s.weight_decay, s.epochs) == STATED[name, step]
+    assert (s.full, s.dora) == (step == "sft-full", step == "dora")
+    assert s.schedule == "cosine"
+
+
+# A.2's "maximum number of new tokens", by sweep; K is 1,000 for one model and 1,024 for the other, as the recipes say.
+NEW_TOKENS = {
+    ("qwq-32b-preview", "sweep"): 4192,
+    ("qwq-32b-preview", "aime"): 8192,
+    ("llama-3.1-8b", "sweep"): 2048,
+    ("llama-3.2-1b-instruct", "sweep-dora"): 2048,
+    ("llama-3.2-1b-instruct", "sweep"): 2048,
+    ("r1-distill-llama-8b", "sweep"): 30_000,
+    ("r1-distill-llama-8b", "aime"): 30_000,
+    ("qwen2.5-32b-instruct-limo", "sweep"): 15_360,
+}
+
+
+def test_the_longest_answers_are_the_paper_s() -> None:
+    sweeps = {
+        (name, step.name): step.settings.max_new_tokens
+        for name in PAPER
+        for step in pipeline.read(name).steps
+        if isinstance(step.settings, SweepSettings)
+    }
+    assert sweeps == NEW_TOKENS
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_direction_a_recipe_learns_is_swept(name: str) -> None:
+    recipe = pipeline.read(name)
+    swept = {folder for s in recipe.steps if isinstance(s.settings, SweepSettings) for folder in named_directions(s.settings.direction).values()}
+    assert swept == {s.settings.out for s in recipe.steps if isinstance(s.settings, TrainSettings)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_can_be_planned(name: str) -> None:
+    recipe = pipeline.read(name)
+    said = plan.describe(recipe)
+    assert all(f"\n{step.name} " in said for step in recipe.steps)
 
 
 def test_limo_is_full_fine_tuning_in_two_stages() -> None:
@@ -278,7 +323,7 @@ def data_for(settings: TrainSettings, folder: Path) -> TrainSettings:
         return settings.but(data=str(folder / "rows.jsonl"))
     if settings.data.startswith("horseee/"):
         columns = {f"solution_{k}": text for k, text in enumerate(reversed(texts))}
-        rows = [{"question": q, "answer": "#### 7", **columns, "correct_1": True} for q in questions]
+        rows = [{"question": q, "answer": "#### 7", **columns, **{f"correct_{k}": True for k in range(1, 5)}} for q in questions]
         (folder / "rows.json").write_text(json.dumps(rows))
         return settings.but(data=str(folder / "rows.json"))
     sampled = [
@@ -292,7 +337,7 @@ def data_for(settings: TrainSettings, folder: Path) -> TrainSettings:
 STEPS = [
     (name, step.name)
     for name in RECIPES
-    if name != "tiny"  # runs whole in the tests of the demo
+    if name != "tiny"  # runs whole, shrunk, in test_pipeline.py: test_the_demo_s_recipe_runs_whole_and_goes_on
     for step in pipeline.read(name).steps
     if step.verb == "train"
 ]
@@ -316,7 +361,8 @@ def test_every_train_step_learns_on_its_own_architecture(name: str, step: str, t
     assert len(report["stages"]) == stages
     assert all(stage["steps"] == 2 and not stage["steps_skipped"] and not stage["too_long"] for stage in report["stages"])
     valve = Valve.load(where, made, dtype="float32", device="cpu")
-    assert valve.rows != settings.full
+    # One batch holds different alphas of a LoRA alone.
+    assert valve.rows == (not settings.full and not settings.dora)
     assert valve.direction is not None
     assert valve.direction.card.toward == settings.toward
 

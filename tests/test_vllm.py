@@ -25,7 +25,7 @@ from cotvalve.direction import Direction
 from cotvalve.engines.vllm import Options, VllmEngine, capture_sizes
 from cotvalve.engines.vllm_adapters import rank_of, write_baked, write_direction
 from cotvalve.engines.vllm_support import missing, unsupported
-from cotvalve.errors import EngineError, SettingError
+from cotvalve.errors import DirectionMismatch, EngineError, SettingError
 from cotvalve.problems import load
 from cotvalve.prompts import prompt, render
 from cotvalve.records import read_json
@@ -198,25 +198,41 @@ def test_rows_that_cannot_run_and_lists_that_were_left(tiny: Valve, engine: Vllm
 
 
 @installed
-def test_nan_cannot_leak_through_alpha_0_and_directions_can_be_changed(tiny: Valve, engine: VllmEngine) -> None:
+def test_directions_can_be_changed_and_one_with_nan_is_refused(tiny: Valve, engine: VllmEngine) -> None:
+    """NaN in rows of alpha 1 reached rows of alpha 0 through pages of the cache that changed hands."""
     direction = tiny.direction
     assert isinstance(direction, Direction)
     asked = requests(questions(tiny, 2), (0.0, 1.0), 24)
     before = ours(tiny, asked)
     for part in ("A", "B"):
-        broken = {
-            name: replace(factor, **{part: torch.full_like(getattr(factor, part), float("nan"))})
-            for name, factor in direction.factors.items()
-        }
-        engine._server.turn_to(Direction(broken, direction.card))
-        found = by_id(engine.generate(asked))
-        assert all(found[i] == c for i, c in before.items() if c.alpha == 0)
-        assert all(found[i].text != c.text for i, c in before.items() if c.alpha == 1)
+        name, factor = next(iter(direction.factors.items()))
+        broken = replace(factor, **{part: torch.full_like(getattr(factor, part), float("nan"))})
+        with pytest.raises(DirectionMismatch, match=f"{name}: holds NaN or infinity"):
+            engine._server.turn_to(Direction({**direction.factors, name: broken}, direction.card))
+        assert by_id(engine.generate(asked)) == before
     engine._server.turn_to(-1 * direction)
     turned = by_id(engine.generate([replace(r, alpha=-r.alpha) for r in asked]))
     assert {i: c.text for i, c in turned.items()} == {i: c.text for i, c in before.items()}
     engine._server.turn_to(direction)
     assert by_id(engine.generate(asked)) == before
+
+
+@installed
+def test_the_engine_follows_a_valve_that_is_turned_to_another_direction(engine: VllmEngine) -> None:
+    """A sweep starts vLLM once and turns the valve."""
+    turned = Valve.load("tiny-reasoner", "tiny-valve", device="cpu")
+    first = turned.direction
+    assert isinstance(first, Direction)
+    own = VllmEngine(turned, options=Options(batch=4, eager=True))
+    asked = requests(questions(turned, 2), (0.0, 1.0), 24)
+    assert by_id(own.generate(asked)) == by_id(engine.generate(asked))
+    assert turned.turn_to(2 * first) is False, "another scale is another layer"
+    other = Direction({name: replace(f, B=2 * f.B) for name, f in first.factors.items()}, first.card)
+    assert turned.turn_to(first) is False
+    assert turned.turn_to(other) is True
+    found = by_id(own.generate(asked))
+    own.close()
+    assert found == ours(turned, asked)
 
 
 @installed

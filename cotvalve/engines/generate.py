@@ -3,6 +3,7 @@
 Runs any architecture transformers can generate with. Rows of a batch wait for the longest one.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,10 @@ class GenerateEngine:
     def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
         """See `Engine.generate`."""
         encoded, refused = self._codec.encode(list(requests))
-        total, done = len(encoded) + len(refused), len(refused)
+        total, done, tokens, began = len(encoded) + len(refused), len(refused), 0, time.monotonic()
         yield from refused
+        if encoded:
+            progress("sample", done, total, f"engine {self.name}")
         # Rows of like length and budget share a batch; with an exact task vector, rows of one alpha.
         encoded.sort(key=lambda e: (0.0 if self.valve.rows else e.request.alpha, e.room, len(e.ids)))
         start = 0
@@ -42,8 +45,9 @@ class GenerateEngine:
             start += len(batch)
             for completion in self._run(batch):
                 done += 1
+                tokens += completion.tokens
                 yield completion
-            progress("sample", done, total)
+            progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
 
     def _run(self, batch: list[Encoded]) -> list[Completion]:
         model, width = self.valve.model, max(len(e.ids) for e in batch)

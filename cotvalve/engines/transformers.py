@@ -24,12 +24,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
-from cotvalve.engines.slots import ATTENTION, SlotLayer, Window
+from cotvalve.engines.slots import ATTENTION, SlotLayer, Span, Window
 from cotvalve.errors import EngineError
 from cotvalve.types import Completion, Progress, Request, silent
 
 if TYPE_CHECKING:
     from cotvalve.valve import Valve
+
+
+SPAN = 8
+"""Rows that read the cache together on a CPU: fewer read less past their ends, more make fewer calls."""
 
 
 def unsupported(model: PreTrainedModel) -> str:
@@ -65,6 +69,8 @@ class TransformersEngine:
         encoded, refused = self._codec.encode(list(requests))
         yield from refused
         total, done, tokens, began = len(encoded) + len(refused), len(refused), 0, time.monotonic()
+        if encoded:
+            progress("sample", done, total, f"engine {self.name}")
         groups: dict[float, list[Encoded]] = {}
         for e in encoded:
             groups.setdefault(0.0 if self.valve.rows else e.request.alpha, []).append(e)
@@ -159,6 +165,7 @@ class Batch:
         self.every = torch.arange(length, device=self.device)
         self.graphs: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
         self.rows = slots
+        self.spans: list[Span] | None = None
 
     @property
     def busy(self) -> bool:
@@ -177,11 +184,20 @@ class Batch:
         self._refill()
         steps = min(self.burst, max(e.room for e in self.slots if e is not None))
         length = min(self.length, self._round(max(self.filled[i] for i in range(self.rows) if self.slots[i]) + steps))
+        self.spans = None if self.cuda else self._spans(steps, length)
         for _ in range(steps):
             self._step(length)
         for i in range(self.rows):
             self.filled[i] += steps
         return self._harvest()
+
+    def _spans(self, steps: int, length: int) -> list[Span]:
+        """How far each few rows reach in the next `steps` steps."""
+        starts = range(0, self.rows, SPAN)
+        return [
+            Span(a, min(a + SPAN, self.rows), min(length, self._round(max(self.filled[a : a + SPAN]) + steps)))
+            for a in starts
+        ]
 
     def _refill(self) -> None:
         free = [i for i in range(self.rows) if self.slots[i] is None]
@@ -260,7 +276,7 @@ class Batch:
         with self.valve.at(self.alpha[:n] if self.valve.rows else self.whole):
             logits = self.model(
                 input_ids=ids[:, None], position_ids=position[:, None], attention_mask=mask,
-                past_key_values=self.cache, use_cache=True,
+                past_key_values=self.cache, use_cache=True, **({"spans": self.spans} if self.spans else {}),
             ).logits[:, -1]  # fmt: skip
         if self.sampled:
             uniform = self.uniform[:n].gather(1, count[:, None].clamp_max(self.uniform.shape[1] - 1))[:, 0]

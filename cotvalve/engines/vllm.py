@@ -17,10 +17,11 @@ import gc
 import os
 import shutil
 import tempfile
+import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from cotvalve.direction import Direction
 from cotvalve.engines.sampling import Codec, Encoded
 from cotvalve.engines.vllm_adapters import RANKS, rank_of, suffixes, write_baked, write_direction
 from cotvalve.engines.vllm_support import direction_of, missing, stock_because, unsupported
-from cotvalve.errors import CotvalveError, EngineError, SettingError
+from cotvalve.errors import CotvalveError, DirectionMismatch, EngineError, SettingError
 from cotvalve.types import Completion, Progress, Request, silent
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class Server:
         self.context = int(self._engine.model_config.max_model_len)
         """Tokens of a prompt and its chain together."""
         self._end = weakref.finalize(self, _end, self._engine, self._folder)
+        threading.Thread(target=_watch, args=(weakref.ref(self._engine.engine_core),), daemon=True).start()
 
     def close(self) -> None:
         """Ends the engine; it cannot be used any more."""
@@ -215,6 +217,10 @@ class Server:
 
     def turn_to(self, direction: Direction) -> None:
         """Makes `direction` the one its positions turn; nothing may be running."""
+        for name, factor in direction.factors.items():
+            if not (factor.A.isfinite().all() and factor.B.isfinite().all()):
+                # Its rows would write NaN into pages of the cache that other rows get next, and 0 * NaN is NaN there too.
+                raise DirectionMismatch(f"{name}: holds NaN or infinity, which vLLM's cache would carry to other chains; use engine 'transformers'")
         self._positions.clear()
         self._direction = direction
         folder = self._folder / f"direction{len(list(self._folder.iterdir()))}"
@@ -313,6 +319,21 @@ def _end(engine: Any, folder: Path) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _watch(core_ref: Callable[[], Any]) -> None:
+    """Wakes whoever waits for a core that was killed: vLLM notes its death, but leaves the waiting thread waiting."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    while (core := core_ref()) is not None:
+        resources = getattr(core, "resources", None)
+        if resources is None:  # a core in this process
+            return
+        if resources.engine_dead:
+            core.outputs_queue.put_nowait(EngineDeadError())
+            return
+        del core, resources
+        time.sleep(1)
 
 
 def _free_share() -> float:

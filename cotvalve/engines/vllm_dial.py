@@ -164,7 +164,8 @@ class Dialed:
         rows = x.reshape(-1, x.shape[-1])
         alpha = self.dial_alpha[: rows.shape[0]]
         inner = torch.nn.functional.linear(rows, self.dial_a)
-        # where() and not only the product: 0 * NaN is NaN, and alpha 0 promises the base model. B is finite (`load`).
+        # where() and not only the product: 0 * infinity is NaN, and alpha 0 promises the base model. A and B are finite
+        # (`Server.turn_to` refuses others), A x may overflow.
         inner = torch.where(alpha == 0, 0.0, inner * alpha).to(y.dtype)
         return torch.addmm(y.reshape(-1, y.shape[-1]), inner, self.dial_b.t()).view(y.shape)
 
@@ -189,17 +190,6 @@ def put_dial(layer: Any, alphas: Alphas) -> None:
         b[end - out : end, i * rank : (i + 1) * rank][None, None] for i, (end, out) in enumerate(zip(ends, outs, strict=True))
     )
     layer.__class__ = _DIALED.setdefault(kind, type(f"Dialed{kind.__name__}", (Dialed, kind), {}))
-
-
-def poison(layer: Any) -> None:
-    """Moves NaN and infinity from B to A, where alpha 0 can shut them out: 0 times a NaN in B would be NaN.
-
-    At any other alpha the layer's output is NaN, as it was.
-    """
-    broken = ~torch.isfinite(layer.dial_b)
-    if bool(broken.any()):
-        layer.dial_a[broken.any(0)] = float("nan")
-        layer.dial_b.masked_fill_(broken, 0.0)
 
 
 class DialModelManager(LoRAModelManager):
@@ -267,8 +257,6 @@ class DialManager(WorkerLoRAManager):
         # Writes slot 0 of every layer, zeros where the direction has nothing.
         manager.activate_adapter(1)
         manager.remove_all_adapters()
-        for layer in manager.modules.values():
-            poison(layer)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._folder = folder

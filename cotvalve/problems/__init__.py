@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cotvalve.answers import boxes
 from cotvalve.errors import DataError, SettingError, unknown
@@ -25,6 +26,8 @@ from cotvalve.problems.gsm8k import GSM8K
 from cotvalve.problems.math500 import MATH500
 from cotvalve.problems.prm12k import PRM12K
 from cotvalve.types import Problem, Progress, silent
+
+Item = TypeVar("Item")
 
 ARITHMETIC = DataSet(
     "arithmetic",
@@ -74,6 +77,8 @@ def load(
     Raises SettingError for an unknown name, split or limit, DataError for what cannot be read.
     """
     if _is_path(name):
+        if split not in ("test", HELD_OUT):
+            raise SettingError(unknown(f"split of {name}", split, ["test", HELD_OUT]))
         problems = jsonl.problems(Path(name))
     else:
         found = describe(name)
@@ -91,14 +96,15 @@ def load(
     _refuse_unusable(problems, name)
     if split == HELD_OUT:
         problems = [problem for problem in problems if held_out(problem)]
-    return problems if limit is None else _subset(problems, limit, seed)
+    return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id)
 
 
-def _subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
+def subset(items: Sequence[Item], limit: int, seed: int, identity: Callable[[Item], str]) -> list[Item]:
+    """`limit` of the items in their order, drawn by seed and identity alone: a larger limit keeps all of a smaller one."""
     if limit < 1:
         raise SettingError(f"limit must be 1 or more (given: {limit})")
-    places = sorted(range(len(problems)), key=lambda place: _lot(problems[place].id, seed))
-    return [problems[place] for place in sorted(places[:limit])]
+    places = sorted(range(len(items)), key=lambda place: _lot(identity(items[place]), seed))
+    return [items[place] for place in sorted(places[:limit])]
 
 
 def held_out(problem: Problem) -> bool:
@@ -106,7 +112,16 @@ def held_out(problem: Problem) -> bool:
 
     Decided by the id alone, so every run leaves out the same ones: `cotvalve train` and `mix` never see them.
     """
-    return hashlib.sha256(f"{HELD_OUT}/{problem.id}".encode()).digest()[0] < 17  # 17 of 256
+    return _held_out(problem.id)
+
+
+def _held_out(identity: str) -> bool:
+    return hashlib.sha256(f"{HELD_OUT}/{identity}".encode()).digest()[0] < 17  # 17 of 256
+
+
+def trainable(name: str) -> int:
+    """How many training questions of a published set may be learned from; exact where ids count rows, as GSM8K's do."""
+    return sum(not _held_out(f"{name}/train/{number}") for number in range(describe(name).sizes["train"]))
 
 
 def training(name: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0) -> list[Problem]:
@@ -116,7 +131,7 @@ def training(name: str, *, data_dir: str | Path | None = None, limit: int | None
     """
     split = "test" if _is_path(name) else "train"
     problems = [problem for problem in load(name, split=split, data_dir=data_dir) if not held_out(problem)]
-    return problems if limit is None else _subset(problems, limit, seed)
+    return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id)
 
 
 def fingerprint(problems: Iterable[Problem]) -> str:
