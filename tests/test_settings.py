@@ -10,9 +10,12 @@ from pydantic import ValidationError
 from cotvalve.errors import CotvalveError, SettingError, unknown
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import VERBS
+from cotvalve.records import Run
 from cotvalve.settings import Alphas, ModelSettings, Settings
 from cotvalve.sweep import SweepSettings
 from cotvalve.train import FitSettings, TrainSettings
+from cotvalve.verbs import FuseSettings, fuse
+from tests import models
 
 CLASSES = [verb.settings() for verb in VERBS.values()]
 
@@ -182,6 +185,8 @@ def test_unknown_lists_what_is_known_and_offers_only_what_is_near() -> None:
         (["train", "plus", "--data", "arithmetic"], "recipe 'plus' needs several chains per question"),
         (["train", "valve", "--rank", "many"], "setting 'rank'"),
         (["mix", "--alpha", "0"], "--alpha"),
+        (["fuse", "--direction", "tiny-valve", "--alpha", "half"], "setting 'alpha'"),
+        (["sweep", "--data", "arithmetic", "--alphas", "0,nan"], "setting 'alphas': 'nan' is not a finite number"),
         (["swep"], "did you mean 'sweep'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -197,6 +202,81 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
     assert says in line[0]
     assert said.splitlines()[-1] == line[0]
     assert "Traceback" not in said
+
+
+def _files(folder: Path, name: str) -> None:
+    """Puts the file or folder `name` of the table below into `folder`."""
+    path = folder / name
+    if name == "fused":
+        base = models.save(models.qwen2(), folder / "base")
+        models.lora(models.qwen2()).save_pretrained(str(folder / "adapter"))
+        fuse(FuseSettings(model=str(base), direction=str(folder / "adapter"), device="cpu", out=str(path)))
+    elif name == "truncated":
+        weights = models.save(models.qwen2(), path) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif name == "cut-in-its-header":
+        weights = models.save(models.qwen2(), path) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif name in ("base", "one-layer", "narrow"):
+        models.save(models.qwen2(layers=1 if name == "one-layer" else 2, hidden=16 if name == "narrow" else 32), path)
+    elif name == "adapter":
+        models.lora(models.qwen2()).save_pretrained(str(path))
+    elif name == "other-verb":
+        with Run(path, "train", {"rank": 4}) as at:
+            at.rows.add("a", {})
+    elif name == "other-alphas":
+        with Run(path, "mix", {"alphas": [0.25]}) as at:
+            at.rows.add("a", {})
+    elif name == "someones":
+        path.mkdir()
+        (path / "thesis.txt").write_text("x")
+    else:
+        path.write_text(ROWS[name], encoding="utf-8")
+
+
+ROWS = {
+    "empty.jsonl": "",
+    "broken.jsonl": '{"question": "2 + 3?", "answer": "5"}\n{"question": "2 + 4?", "answ\n',
+    "no-answer.jsonl": '{"question": "2 + 3?", "answer": "5"}\n{"question": "2 + 4?"}\n',
+    "list.jsonl": '{"question": "2 + 3?", "answer": "5"}\n[1, 2]\n',
+    "many.jsonl": '{"question": "2 + 3?", "answer": "5"}\n{"question": "2 + 4?", "answer": "many", "kind": "number"}\n',
+}
+MIX = ["mix", "--data", "arithmetic", "--limit", "1", "--prompt", "plain", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "says"),
+    [
+        (["truncated"], [*MIX, "--model", "truncated"], "truncated: truncated or not safetensors"),
+        (["cut-in-its-header"], [*MIX, "--model", "cut-in-its-header"], "cut-in-its-header: truncated or not safetensors"),
+        ([], [*MIX, "--model", "./nowhere"], "'./nowhere': no such folder"),
+        (["someones"], [*MIX, "--model", "someones"], "someones: no config.json in it"),
+        (["adapter"], [*MIX, "--model", "adapter"], "adapter: is a direction, not a model"),
+        (["one-layer", "adapter"], [*MIX, "--model", "one-layer", "--direction", "adapter"], "model.layers.1.mlp.down_proj"),
+        (["narrow", "adapter"], [*MIX, "--model", "narrow", "--direction", "adapter"], "model.layers.0.mlp.down_proj"),
+        (["fused"], [*MIX, "--model", "fused", "--direction", "adapter"], "was fused at alpha 1.0 and has no dial any more"),
+        (["empty.jsonl"], ["mix", "--data", "empty.jsonl"], "empty.jsonl: no rows in it"),
+        (["broken.jsonl"], ["mix", "--data", "broken.jsonl"], "broken.jsonl: row 2 is not JSON"),
+        (["list.jsonl"], ["mix", "--data", "list.jsonl"], "list.jsonl: row 2 is list"),
+        (["no-answer.jsonl"], ["mix", "--data", "no-answer.jsonl"], "no-answer.jsonl: row 2: no field 'answer'"),
+        (["many.jsonl"], ["mix", "--data", "many.jsonl"], "many.jsonl: row 2: gold answer 'many' cannot be read as number"),
+        (["base", "other-verb"], [*MIX, "--model", "base", "--out", "other-verb"], "other-verb: holds a run of 'train', not 'mix'"),
+        (["base", "other-alphas"], [*MIX, "--model", "base", "--out", "other-alphas"], "other-alphas: holds a run with alphas=[0.25]"),
+        (["base", "someones"], [*MIX, "--model", "base", "--out", "someones"], "someones: not empty and not a run folder"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, list) and "--data" not in value else "",
+)
+def test_what_is_wrong_with_a_file_is_one_line_and_exit_code_2(
+    files: list[str],
+    arguments: list[str],
+    says: str,
+    command: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in files:
+        _files(tmp_path, name)
+    test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, says, command, tmp_path, monkeypatch)
 
 
 def test_a_bug_keeps_its_traceback(command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
