@@ -7,8 +7,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cotvalve.answers import boxes
 from cotvalve.errors import DataError
 from cotvalve.problems import NAMES
 from cotvalve.problems.dataset import hub_rows
@@ -26,7 +27,7 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
     """MixChain from a run folder of `mix`, a Parquet or JSON lines file, or a hub id of the authors' sets.
 
     Knows two forms: ours (a `chains` column) and the authors' (question, answer, solution_0..4, correct_k;
-    solution_0 is the human one). Chains marked as wrong are left out. So are, in sets from elsewhere, questions that
+    solution_0 is the human one; LIMO's sets have one column, solution). A configuration stands behind the id and a colon. Chains marked as wrong are left out. So are, in sets from elsewhere, questions that
     must stay unseen; how many is logged as a warning. Raises DataError naming the row.
     """
     mix: list[MixChain] = []
@@ -34,8 +35,10 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
     unseen: Counter[str] = Counter()
     for number, row in _table(source):
         where = f"{source}: row {number}"
+        if not isinstance(row, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  what a file holds
+            raise DataError(f"{where} is {type(row).__name__}, not an object with columns")
         try:
-            answer = str(row["answer"])
+            answer = _answer(row)
             question = str(row.get("question") or row["problem"])
         except KeyError as error:
             raise DataError(f"{where} has no column {error}; MixChain needs question, answer and chains or solution_k") from None
@@ -43,13 +46,17 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
             unseen[where_from] += 1
             continue
         if row.get("chains") is not None:
-            chains = [Chain(c["text"], int(c["tokens"]), c.get("alpha"), c.get("solution")) for c in row["chains"]]
+            chains = [_chain(c, where) for c in row["chains"]]
+        elif isinstance(row.get("solution"), str):
+            chains = [Chain(row["solution"], _length(tokenizer, row["solution"]), solution=0)]
         else:
             columns = sorted(int(k.removeprefix("solution_")) for k in row if k.startswith("solution_") and k[9:].isdigit())
             if not columns:
                 raise DataError(f"{where} has neither 'chains' nor 'solution_0', 'solution_1', ...")
+            if wrong := [k for k in columns if not isinstance(row[f"solution_{k}"], str | None)]:
+                raise DataError(f"{where}: solution_{wrong[0]} is {row[f'solution_{wrong[0]}']!r}, expected text")
             chains = [
-                Chain(text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), solution=k)
+                Chain(text, _length(tokenizer, text), solution=k)
                 for k in columns
                 if (text := row[f"solution_{k}"]) and row.get(f"correct_{k}") not in (False, 0, "False", "false")
             ]
@@ -68,6 +75,24 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
     return mix
 
 
+def _answer(row: Json) -> str:
+    """The answer column, or (LIMO's sets have none) the last box of the only solution."""
+    if "answer" not in row and isinstance(row.get("solution"), str) and (found := boxes(row["solution"])):
+        return found[-1]
+    return str(row["answer"])
+
+
+def _chain(fields: Any, where: str) -> Chain:
+    try:
+        return Chain(str(fields["text"]), int(fields["tokens"]), fields.get("alpha"), fields.get("solution"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(f"{where}: a chain is {str(fields)[:60]!r}, expected an object with text and tokens (a number)") from None
+
+
+def _length(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
     path = Path(source)
     if path.is_dir() and (path / "mixchain.parquet").exists():
@@ -76,7 +101,10 @@ def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
         yield from read_jsonl(path)
         return
     if path.suffix == ".json":
-        yield from enumerate(read_json(path), 1)
+        rows: Any = read_json(path)
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: expected a list of rows")
+        yield from enumerate(rows, 1)
         return
     if path.suffix == ".parquet":
         yield from enumerate(read_parquet(path), 1)
@@ -85,7 +113,8 @@ def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
         raise DataError(f"{path}: expected a run folder of `mix` or a .parquet, .jsonl or .json file")
     if str(source).count("/") != 1:
         raise DataError(f"{source}: no such file or folder")
-    for row in hub_rows(str(source), None, "train", None, "name a file of it as --data (.parquet, .jsonl or .json)"):
+    name, _, config = str(source).partition(":")
+    for row in hub_rows(name, config or None, "train", None, "name a file of it as --data (.parquet, .jsonl or .json)"):
         yield row.number, row.values
 
 

@@ -36,7 +36,7 @@ FIRST = ("model", "data", "direction", "out")
 """Flags that stand first in every verb's help."""
 
 
-def _verb(name: str, settings: type[Settings], run: Run, help: str, arguments: tuple[str, ...] = ()) -> None:
+def _verb(name: str, settings: type[Settings], run: Run, help: str, arguments: tuple[str, ...] = (), example: str = "") -> None:
     """Adds a command that draws its progress and prints what it made."""
 
     def work(values: Any) -> None:
@@ -44,11 +44,13 @@ def _verb(name: str, settings: type[Settings], run: Run, help: str, arguments: t
             made = run(values, progress)
         _done(made)
 
-    _command(name, settings, work, help, arguments)
+    _command(name, settings, work, help, arguments, example)
 
 
-def _command(name: str, settings: type[Settings], work: Callable[[Any], None], help: str, arguments: tuple[str, ...] = ()) -> None:
-    """Adds a command whose flags are the fields of `settings`; `arguments` are given by position."""
+def _command(
+    name: str, settings: type[Settings], work: Callable[[Any], None], help: str, arguments: tuple[str, ...] = (), example: str = ""
+) -> None:  # fmt: skip
+    """Adds a command whose flags are the fields of `settings`; `arguments` are given by position, `example` ends its help."""
 
     def command(**values: Any) -> None:
         work(settings.read({key: value for key, value in values.items() if value is not None}))
@@ -59,7 +61,7 @@ def _command(name: str, settings: type[Settings], work: Callable[[Any], None], h
         if get_origin(info.annotation) is tuple:
             default = ",".join(f"{value:g}" for value in default)
         # In round brackets: square ones are markup to whoever draws the help, and would not be shown.
-        shown = "" if default is None or default == "" else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        shown = "" if default in (None, "") or info.is_required() else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
         text = f"{' '.join((info.description or '').split())}{'' if field in arguments else shown}"
         flag = f"--{field.replace('_', '-')}"
         kind: Any
@@ -77,7 +79,7 @@ def _command(name: str, settings: type[Settings], work: Callable[[Any], None], h
         )
     command.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: _place(p.name, arguments)))
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(name, help=help)(command)
+    app.command(name, help=help, epilog=f"Example: {example}" if example else None)(command)
 
 
 def _place(field: str, arguments: tuple[str, ...]) -> int:
@@ -88,8 +90,12 @@ def _place(field: str, arguments: tuple[str, ...]) -> int:
 
 
 def _done(path: Path) -> None:
-    if path.suffix == ".md":
-        print(path.read_text(encoding="utf-8"))
+    """Prints the table that a verb made, and where it is."""
+    from cotvalve.mixchain import TABLE
+
+    shown = path if path.suffix == ".md" else path / TABLE
+    if shown.is_file():
+        print(shown.read_text(encoding="utf-8"))
     print(path)
 
 
@@ -97,8 +103,9 @@ def _register() -> None:
     from cotvalve import pipeline, serve
 
     for name, verb in pipeline.VERBS.items():
-        _verb(name, verb.settings(), verb.run, verb.help, verb.arguments)
-    _command("serve", serve.ServeSettings, _serve, "OpenAI-compatible HTTP with alpha on each request, and a page with the dial.")  # fmt: skip
+        _verb(name, verb.settings(), verb.run, verb.help, verb.arguments, verb.example)
+    _command("serve", serve.ServeSettings, _serve, "OpenAI-compatible HTTP with alpha on each request, and a page with the dial.",
+             example="cotvalve serve --model tiny-reasoner --direction tiny-valve\n\nThen open http://127.0.0.1:8000")  # fmt: skip
 
 
 def _serve(settings: Any) -> None:
@@ -150,11 +157,12 @@ def demo(
 
 
 @app.command("report")
-def report(run: Annotated[str, typer.Argument(help="Run folder of a sweep.")]) -> None:
-    """Figures, HTML and Markdown again from a finished sweep's rows."""
+def report(run: Annotated[str, typer.Argument(help="Run folder of sweep, mix or calibrate.")]) -> None:
+    """Figures, HTML and Markdown again from a finished sweep's rows; the tables of mix and calibrate."""
     from cotvalve.sweep import redo
 
-    print(redo(Path(run)))
+    tables = [path for name in ("mix.md", "calibration.md") if (path := Path(run) / name).is_file()]
+    _done(tables[0] if tables else redo(Path(run)))
 
 
 @data_app.command("list")
@@ -173,7 +181,8 @@ def data_check(
     """Grades every gold answer of every set: all of them have to be right before a model is graded."""
     from cotvalve import problems
 
-    results = problems.check(names or problems.NAMES, data_dir)
+    with Drawn() as progress:
+        results = problems.check(names or problems.NAMES, data_dir, progress)
     for result in results:
         print("\n  ".join([result.line(), *result.wrong]))
     if not all(result.passed for result in results):

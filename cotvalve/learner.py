@@ -27,7 +27,7 @@ from cotvalve.direction import CARD, Card
 from cotvalve.errors import EngineError
 from cotvalve.headloss import LOSS_SLICE, HeadLoss
 from cotvalve.lean import Position
-from cotvalve.records import Json, disk
+from cotvalve.records import Json, disk, whole_files
 from cotvalve.types import Progress
 from cotvalve.valve import Valve
 
@@ -199,10 +199,12 @@ def save_learned(valve: Valve, card: Card, folder: Path) -> None:
     if valve.rows:
         valve.current(card).save(folder)
     elif valve.adapted:
-        valve.peft_model.save_pretrained(str(folder))
+        with whole_files(folder) as part:
+            valve.peft_model.save_pretrained(str(part))
         card.write(folder / CARD, "lora")
     else:
-        valve.model.save_pretrained(folder)
+        with whole_files(folder) as part:
+            valve.model.save_pretrained(part)
 
 
 class SkipBadSteps(TrainerCallback):

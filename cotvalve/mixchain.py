@@ -22,7 +22,7 @@ from cotvalve.errors import SettingError
 from cotvalve.grading import grade
 from cotvalve.problems import fingerprint, training
 from cotvalve.prompts import chain_from_solution, prompt, render, thinks
-from cotvalve.records import Json, Run, write_json, write_parquet
+from cotvalve.records import Json, Run, write_json, write_parquet, write_text
 from cotvalve.settings import Alphas, ModelSettings
 from cotvalve.types import Chain, Completion, MixChain, Problem, Progress, Request, silent
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cotvalve.engines import Engine
+
+
+TABLE = "mix.md"
+"""What a run folder of `mix` shows of itself."""
 
 
 class Sampling(ModelSettings):
@@ -46,7 +50,7 @@ class Sampling(ModelSettings):
     max_new_tokens: int = 1024
     """Longest chain; a chain that reaches it is truncated and counted as such."""
     prompt: str = "boxed"
-    """How questions are asked: boxed, plain, budget, shortcut, ..."""
+    """How questions are asked: boxed, plain, budget, shortcut, budget-qwq, budget-llama."""
     budget: int | None = None
     """Token budget for the prompts that ask for one."""
     seed: int = 0
@@ -178,6 +182,17 @@ class MixReport:
         """Plain data for `mix.json`."""
         return dict(vars(self))
 
+    def markdown(self) -> str:
+        """The tables of `mix.md`: what was kept, and lengths as in the paper's Table 9."""
+        dropped = f"{self.wrong:,} wrong, {self.truncated:,} truncated, {self.failed:,} failed, {self.duplicates:,} repeated"
+        lines = [
+            f"{self.kept_questions:,} of {self.questions:,} questions with {self.kept:,} right chains; of {self.sampled:,} sampled chains "
+            f"{dropped}; {self.few:,} of questions with too few.", "",
+            "| alpha | sampled | right | kept | mean tokens |", "| --: | --: | --: | --: | --: |",
+            *(f"| {alpha} | {t['sampled']:,} | {t['right']:,} | {t['kept']:,} | {t['mean_tokens'] or '-'} |" for alpha, t in self.by_alpha.items()),
+        ]  # fmt: skip
+        return "\n".join(lines) + "\n"
+
 
 def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings, solutions: dict[str, Chain] | None = None) -> tuple[list[MixChain], MixReport]:  # fmt: skip
     """MixChain from graded rows: wrong, truncated, failed and repeated chains dropped and counted.
@@ -232,7 +247,7 @@ def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings
 
 
 def save(folder: Path, mix: Sequence[MixChain], report: MixReport | None = None) -> Path:
-    """Writes `mixchain.parquet` (id, question, answer, kind, chains) and `mix.json`; returns the Parquet's path."""
+    """Writes `mixchain.parquet` (id, question, answer, kind, chains), `mix.json` and `mix.md`; returns the Parquet's path."""
     path = folder / "mixchain.parquet"
     write_parquet(
         path,
@@ -249,6 +264,7 @@ def save(folder: Path, mix: Sequence[MixChain], report: MixReport | None = None)
     )
     if report is not None:
         write_json(folder / "mix.json", report.as_json())
+        write_text(folder / TABLE, report.markdown())
     return path
 
 

@@ -37,6 +37,8 @@ class Verb:
     arguments: tuple[str, ...] = ()
     """Settings given by position at the command line."""
     function: str = "run"
+    example: str = ""
+    """A command as someone would type it, and what comes next: the last lines of --help."""
 
     def settings(self) -> type[Settings]:
         """The verb's settings class."""
@@ -51,12 +53,28 @@ VERBS: dict[str, Verb] = {
     "extract": Verb(
         "cotvalve.verbs", "ExtractSettings", "A direction from two checkpoints: exact, or low rank with its energy.",
         ("base", "reasoner"), "extract",
+        "cotvalve extract Qwen/Qwen2.5-Math-7B deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --rank 64 --out runs/pair\n\nThen: cotvalve sweep --direction runs/pair",
     ),
-    "train": Verb("cotvalve.train", "TrainSettings", "Learn a direction: valve, plus (++) or progressive (+P).", ("recipe",)),
-    "mix": Verb("cotvalve.mixchain", "MixSettings", "MixChain data: sample over alphas, grade, keep what is right."),
-    "sweep": Verb("cotvalve.sweep", "SweepSettings", "Accuracy, tokens and ACU over alphas, with baselines and intervals."),
-    "calibrate": Verb("cotvalve.calibrate", "CalibrateSettings", "Alpha <-> tokens and the safe range, on held-out training questions."),
-    "fuse": Verb("cotvalve.verbs", "FuseSettings", "A plain checkpoint at one alpha; it has no dial any more.", (), "fuse"),
+    "train": Verb(
+        "cotvalve.train", "TrainSettings", "Learn a direction: valve, plus (++) or progressive (+P).", ("recipe",),
+        example="cotvalve train valve --model MODEL --data gsm8k --out runs/valve\n\nThen: cotvalve mix --direction runs/valve, and train plus --data runs/mix",
+    ),
+    "mix": Verb(
+        "cotvalve.mixchain", "MixSettings", "MixChain data: sample over alphas, grade, keep what is right.",
+        example="cotvalve mix --model MODEL --direction runs/valve --data gsm8k --out runs/mix\n\nThen: cotvalve train plus --data runs/mix",
+    ),
+    "sweep": Verb(
+        "cotvalve.sweep", "SweepSettings", "Accuracy, tokens and ACU over alphas, with baselines and intervals.",
+        example="cotvalve sweep --model MODEL --direction CoT-Valve=runs/valve,++=runs/plus --data gsm8k --limit 400 --baselines budget,shortcut\n\nThen open report.html",
+    ),
+    "calibrate": Verb(
+        "cotvalve.calibrate", "CalibrateSettings", "Alpha <-> tokens and the safe range, on held-out training questions.",
+        example="cotvalve calibrate --model MODEL --direction runs/plus --data gsm8k\n\nThen: cotvalve serve --direction runs/plus, and ask for tokens or shorter",
+    ),
+    "fuse": Verb(
+        "cotvalve.verbs", "FuseSettings", "A plain checkpoint at one alpha; it has no dial any more.", (), "fuse",
+        "cotvalve fuse --model MODEL --direction runs/plus --alpha 0.5 --out runs/fused",
+    ),
 }  # fmt: skip
 """Everything that makes a run folder. The verbs are also the steps of a recipe."""
 

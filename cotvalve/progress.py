@@ -11,11 +11,28 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 LOG_EVERY = 15.0
 """Seconds between two lines when the output is not a terminal."""
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Rows, steps or chains a second."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.3g}/s" if speed else "", style="dim")
 
 
 class Drawn:
@@ -25,7 +42,7 @@ class Drawn:
         self._console = Console(stderr=True)
         self._live = self._console.is_terminal
         self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
             console=self._console, disable=not self._live,
         )  # fmt: skip
@@ -57,16 +74,17 @@ class Drawn:
         self._said[task] = now
         since, first = self._began[task]
         rate = (done - first) / (now - since) if now > since else 0.0
-        left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
+        left = f", {rate:,.3g}/s, {(total - done) / rate:,.0f} s left" if rate and done < total else ""
         print(f"{task}: {done}/{total}{left}{', ' + note if note else ''}", file=sys.stderr, flush=True)
 
 
 class Notes(logging.Handler):
-    """The package's warnings, each as one line on standard error."""
+    """What the package logs, each as one line on standard error: where a model runs, and warnings as notes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Says the line where standard error is now: bars and tests put another in its place."""
-        print(f"cotvalve: note: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+        mark = "cotvalve: note: " if record.levelno >= logging.WARNING else ""
+        print(f"{mark}{' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
 
     @classmethod
     def on(cls) -> None:
@@ -74,6 +92,7 @@ class Notes(logging.Handler):
         logger = logging.getLogger("cotvalve")
         if not any(isinstance(handler, cls) for handler in logger.handlers):
             logger.addHandler(cls())
+        logger.setLevel(logging.INFO)
 
 
 def hush() -> None:

@@ -12,12 +12,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sqlite3
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from cotvalve.errors import DataError
 
@@ -32,9 +35,13 @@ def share(handle: int) -> None:
     os.fchmod(handle, 0o666 & ~_UMASK)
 
 
+FULL = ("iostream error", "inline_container", "PytorchStreamWriter", "No space left", "File too large", "quota exceeded")
+"""How torch's and safetensors' own errors speak of a full disk."""
+
+
 @contextmanager
 def disk(path: Path) -> Generator[None]:
-    """Turns 'no space left', in the file system's words or sqlite's, into one line about `path`."""
+    """Turns 'no space left', in the words of the file system, sqlite, torch or safetensors, into one line about `path`."""
     try:
         yield
     except OSError as error:
@@ -45,6 +52,23 @@ def disk(path: Path) -> Generator[None]:
         if "full" not in str(error) and "disk I/O" not in str(error):
             raise
         raise DataError(f"{path}: the disk is full ({error}); free some space and run the same command again") from error
+    except (RuntimeError, SafetensorError) as error:
+        if not any(words in str(error) for words in FULL):
+            raise
+        raise DataError(f"{path}: the disk is full; free some space and run the same command again") from error
+
+
+@contextmanager
+def whole_files(folder: Path) -> Generator[Path]:
+    """A folder for files that others write, which move into `folder` at the end: each is there whole or not at all."""
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    with disk(folder):
+        part.mkdir(parents=True)
+        yield part
+        for path in sorted(part.iterdir()):
+            os.replace(path, folder / path.name)
+        part.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -184,6 +208,8 @@ class Run:
         self.folder = folder
         record = folder / "run.json"
         settings = json.loads(json.dumps(settings))
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder}: a file, not a folder; name another --out")
         found: Json = read_json(record) if record.exists() else {}
         if not found and folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder}: not empty and not a run folder; name another --out")

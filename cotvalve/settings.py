@@ -5,6 +5,7 @@ the command line, its comment in a recipe and its entry in the docs. Checks are 
 environment, no exit.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -14,6 +15,9 @@ from cotvalve.errors import SettingError, unknown
 
 if TYPE_CHECKING:
     from cotvalve.valve import Valve
+
+
+_log = logging.getLogger(__name__)
 
 
 class Settings(BaseModel):
@@ -94,7 +98,10 @@ class ModelSettings(Settings):
         """The model, with `direction` on it when one is given."""
         from cotvalve.valve import Valve
 
-        return Valve.load(
+        valve = Valve.load(
             self.model, direction, dtype=self.dtype, device=self.device, gguf_file=self.gguf_file,
             trust_remote_code=self.trust_remote_code, quantize_4bit=self.quantize_4bit, chat_template=self.chat_template,
         )  # fmt: skip
+        facts = valve.facts()
+        _log.info("%s on %s, %s", self.model, facts["hardware"], facts["dtype"])
+        return valve

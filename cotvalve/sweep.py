@@ -96,14 +96,18 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
     valve = settings.load_valve()
     billions, plain_facts = valve.billions(), valve.facts()
     hashes: list[str] = []
+    short: list[str] = []
     for label, where in directions.items():
         # What does not fit is said now, not after hours of sampling the plain model.
         found = load_direction(where, valve.model)
         _ = check_fits(found, valve.model) if isinstance(found, Direction) else found.check_fits(valve.model)
         hashes.append(f"{label} {found.sha256()[:16]}")
+        if found.card.method == "valve":
+            short.append(f"{label} at alpha 1")
     facts = {
         **plain_facts,
         **({DIRECTION_SHA256: ", ".join(hashes)} if hashes else {}),
+        **({"SFT on the short chains": f"{', '.join(short)} (eq. 2 is that SFT)"} if short else {}),
         "billions": str(billions),
         "data": ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items()),
         "decoding": f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
@@ -111,7 +115,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
     decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "chosen_on", "data_dir", "device"})
     with Run(Path(settings.out), "sweep", decisive, facts) as at:
         rows: dict[tuple[str, str], list[Json]] = {}
-        wanted = [0.0] if 0.0 in settings.alphas or not directions else []
+        wanted = [0.0]  # also where no alpha 0 was asked for: everything is compared with the plain model
         turned = [alpha for alpha in settings.alphas if alpha != 0]
         chains = sum(map(len, sets.values())) * settings.samples * (len(wanted) + len(others) + len(directions) * len(turned))
         work = (chains - len(at.rows)) * settings.max_new_tokens

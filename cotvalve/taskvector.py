@@ -148,10 +148,10 @@ class TaskVector:
             raise DirectionMismatch(
                 f"{model.name_or_path}: its weights are quantized and cannot be moved; load it without quantization"
             )
-        anatomy = Anatomy.of(model)
+        anatomy, held = Anatomy.of(model), model.state_dict().keys()
         for name, move in self.moves.items():
             own, expected = _own_name(anatomy, name), self.start.anatomy.shapes[move.start]
-            if own is None:
+            if own is None or own not in held:  # a layer with a LoRA on it has its weight under another name
                 raise DirectionMismatch(
                     f"{name}: not a tensor of the model; give the vector's own base, {self.card.base}"
                 )

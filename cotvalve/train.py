@@ -27,7 +27,7 @@ from cotvalve.direction import Card
 from cotvalve.errors import DataError, SettingError
 from cotvalve.lean import Position, can_lie_flat, lean
 from cotvalve.learner import AtOnce, SkipBadSteps, ValveTrainer, save_learned
-from cotvalve.problems import fingerprint, training
+from cotvalve.problems import fingerprint, subset, training
 from cotvalve.prompts import thinks
 from cotvalve.records import Json, Run, disk, read_json, write_json
 from cotvalve.settings import ModelSettings, Settings
@@ -291,7 +291,9 @@ def run(settings: TrainSettings, progress: Progress = silent) -> Path:
         thinking = thinks(valve.tokenizer) if settings.thinking == "auto" else settings.thinking == "yes"
         mix = mixchain.short_chains(problems, valve.tokenizer, thinking)
     else:
-        mix = mixchain.load(settings.data, valve.tokenizer)[: settings.limit]
+        mix = mixchain.load(settings.data, valve.tokenizer)
+        if settings.limit is not None:
+            mix = subset(mix, settings.limit, settings.seed, lambda m: m.problem.id)
         problems = [m.problem for m in mix]
     if settings.recipe == "progressive":
         stages = recipes.progressive(mix, settings.stages)

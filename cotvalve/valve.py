@@ -82,8 +82,8 @@ class Dial:
         if not self._finite or layer.lora_bias[ADAPTER]:
             return general(x)
         thin = x @ a.t()
-        # In place: bf16 times the fp32 alpha in one pass. A and B are finite here, so 0 times them is 0.
-        thin.mul_(self._for(thin))
+        # In place: bf16 times the fp32 alpha in one pass. A and B are finite here, but A x may overflow, and 0 * inf is NaN.
+        thin.mul_(alpha := self._for(thin)).masked_fill_(alpha == 0, 0)
         return y.view(-1, y.shape[-1]).addmm_(thin.view(-1, thin.shape[-1]), b.t(), alpha=layer.scaling[ADAPTER]).view(y.shape)
 
     def _learn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:

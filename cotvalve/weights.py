@@ -52,7 +52,7 @@ class Anatomy:
         """The structure of a model, which may be on the meta device."""
         first: dict[int, str] = {}
         shapes, tied = dict[str, tuple[int, ...]](), dict[str, str]()
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in _base(model):
             if first.setdefault(id(tensor), name) == name:
                 shapes[name] = tuple(tensor.shape)
             else:
@@ -61,7 +61,9 @@ class Anatomy:
         output = model.get_output_embeddings()
         ends = [module for module in (model.get_input_embeddings(), output) if module is not None]
         linears = tuple(
-            name for module, name in names.items() if isinstance(module, nn.Linear) and module is not output
+            name.removesuffix(".base_layer")
+            for module, name in names.items()
+            if isinstance(module, nn.Linear) and module is not output and ".lora_" not in name
         )
         return cls(shapes, tied, linears, tuple(f"{names[module]}.weight" for module in ends))
 
@@ -166,7 +168,7 @@ class Loaded:
             )
         self.name = model.name_or_path or type(model).__name__
         self.anatomy = Anatomy.of(model)
-        self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in _base(model)}
         self._tokenizer = tokenizer
 
     def read(self, name: str) -> Tensor:
@@ -214,7 +216,14 @@ def _named(of: Weights | nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, of.read(name)) for name in of.anatomy.shapes)
         return
     seen: set[int] = set()
-    for name, tensor in of.state_dict(keep_vars=True).items():
-        if ".lora_" not in name and id(tensor) not in seen:
+    for name, tensor in _base(of):
+        if id(tensor) not in seen:
             seen.add(id(tensor))
+            yield name, tensor
+
+
+def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's own tensors by their names in the base model, also where a LoRA is on it; tied ones under each name."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if ".lora_" not in name:
             yield name.removeprefix(PREFIX).replace(".base_layer.", "."), tensor

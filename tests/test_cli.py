@@ -56,7 +56,7 @@ def test_only_our_own_progress_is_drawn(line: str, tmp_path: Path) -> None:
     lines = ran.stderr.splitlines()
     assert lines
     for told in lines:
-        assert re.match(r"(fuse|sample): \d+/\d+", told), ran.stderr
+        assert re.match(r"(fuse|sample): \d+/\d+|tiny-reasoner on cpu, \d+ threads, float32$", told), ran.stderr
     assert "\r" not in ran.stderr
 
 

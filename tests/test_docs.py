@@ -193,8 +193,8 @@ def test_every_equation_has_its_code() -> None:
     quoted = {name for _, (_, name, _) in excerpts()}
     # 1, theta + alpha delta (LoRA, task vector), 2, MixChain, 3, 4, +P, 5
     assert quoted >= {
-        "encode", "Learner.forward", "Dial._turn", "TaskVector.at", "low_rank", "valve", "assemble",
-        "ValveTrainer._learn", "beta", "plus", "progressive", "acu",
+        "encode", "Learner.forward", "HeadLoss.forward", "Dial._forward", "Product.forward", "Dial._learn", "Dial._turn",
+        "TaskVector.at", "low_rank", "valve", "assemble", "ValveTrainer._learn", "beta", "plus", "progressive", "acu",
     }  # fmt: skip
     for number in range(1, 6):
         assert f"## Equation {number}: " in text(ROOT / "docs" / "method.md")

@@ -209,6 +209,11 @@ def test_the_authors_columns_load(tmp_path: Path, kind: str) -> None:
         ("a.jsonl", [{"question": "x"}], "row 1 has no column 'answer'"),
         ("a.jsonl", [{"question": "x", "answer": "1"}], "row 1 has neither 'chains' nor 'solution_0'"),
         ("a.jsonl", [{"question": "x", "answer": "1", "solution_0": "no", "correct_0": False}], "no right chain"),
+        ("a.jsonl", [{"question": "x", "answer": "1", "solution_0": 7}], "row 1: solution_0 is 7, expected text"),
+        ("a.jsonl", [{"question": "x", "answer": "1", "chains": [{"text": "t"}]}], "row 1: a chain is .*expected an object with text and tokens"),
+        ("a.jsonl", [{"question": "x", "answer": "1", "chains": ["t"]}], "row 1: a chain is 't'"),
+        ("a.jsonl", [{"question": "x", "answer": "1", "chains": [{"text": "t", "tokens": "many"}]}], "row 1: a chain is"),
+        ("a.json", [{"question": "x"}], r"a\.json: expected a list of rows"),
         ("a.txt", [{}], "expected a run folder of `mix`"),
         ("a.parquet", [{}], "not readable as Parquet"),
     ],
@@ -218,6 +223,15 @@ def test_files_that_are_no_mixchain(tmp_path: Path, name: str, rows: list[Json],
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     with pytest.raises(DataError, match=says):
         load(path, models.tokenizer())
+
+
+def test_limo_s_sets_have_one_solution_and_the_answer_in_its_box(tmp_path: Path) -> None:
+    """MixChain-C-LIMO: columns question and solution."""
+    path = tmp_path / "limo.jsonl"
+    path.write_text(json.dumps({"question": "What is 6 * 7?", "solution": "First \\boxed{41}? No: \\boxed{42}."}) + "\n")
+    (mix,) = load(path, models.tokenizer())
+    assert mix.problem.answer == "42"
+    assert [chain.solution for chain in mix.chains] == [0]
 
 
 def test_mixchain_that_is_not_there() -> None:
@@ -496,13 +510,17 @@ def test_training_on_a_full_disk_goes_on_too(tmp_path: Path, command: Command) -
             "--checkpoint-every", "1", "--prompt", "plain", "--device", "cpu", "--learning-rate", "0.01", "--out", str(tmp_path / out),
         ]  # fmt: skip
 
+    reached: list[bool] = []
     assert command(*train("whole"))[0] == 0
-    for size in (2_000, 12_000, 30_000):
+    # Up to 30,000 bytes hold no rows.sqlite; from there on a checkpoint breaks off in a file of another library's.
+    for size in (2_000, 30_000, 34_000, 37_000, 40_000):
         with small_disk(size):
             code, said = command(*train("out"))
-        assert code == 2, said
-        (line,) = [part for part in said.splitlines() if part.startswith("cotvalve: ")]
-        assert "the disk is full" in line
+        stopped = bool(said) and "the disk is full" in said
+        reached.append((tmp_path / "out" / "rows.sqlite").exists() and stopped)
+        assert code == (2 if stopped else 0), said
+        assert "Traceback" not in said
+    assert any(reached), "a full disk was met while checkpoints were written"
     assert command(*train("out"))[0] == 0
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

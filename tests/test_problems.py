@@ -250,7 +250,8 @@ def test_without_a_network_the_command_line_says_one_line(line: str, says: str, 
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     assert ran.returncode == 2, ran.stderr
     assert ran.stdout == ""
-    (said,) = ran.stderr.splitlines()
+    *where, said = ran.stderr.splitlines()
+    assert all(told.startswith("tiny on cpu, ") for told in where), "where the model runs, and nothing of the library's"
     assert said.startswith("cotvalve: data set '")
     assert says in said
 
@@ -336,3 +337,13 @@ def test_prm12k_holds_none_of_math500() -> None:
     held_out = {"".join(each.question.split()) for each in problems.load("math500", data_dir=FULL)}
     trained = {"".join(each.question.split()) for each in problems.load("prm12k", split="train", data_dir=FULL)}
     assert not held_out & trained
+
+
+def test_a_file_has_the_splits_test_and_heldout_and_no_other(tmp_path: Path) -> None:
+    """A misspelt 'heldout' gave all rows, those that are trained on among them."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(60)))
+    assert len(problems.load(str(path))) == 60
+    assert 0 < len(problems.load(str(path), split="heldout")) < 20
+    with pytest.raises(SettingError, match="did you mean 'heldout'"):
+        problems.load(str(path), split="hedlout")

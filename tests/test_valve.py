@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cotvalve import Valve
-from cotvalve.direction import Card, Direction
+from cotvalve.direction import Card, Direction, load_direction
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
 from cotvalve.taskvector import TaskVector
 from cotvalve.train import FitSettings
@@ -624,3 +624,15 @@ def test_a_direction_that_does_not_fit_leaves_the_present_one() -> None:
     with pytest.raises(DirectionMismatch, match="changes a weight of"):
         turned.turn_to(Direction.from_peft(wide.peft_config[ADAPTER], factors, CARD))
     assert torch.equal(at(turned, 0.7), before)
+
+
+def test_dora_is_read_on_a_model_that_carries_another_lora(tmp_path: Path) -> None:
+    """A sweep turns one model from a LoRA to a DoRA, whose difference is made of the base's own weights."""
+    adapter = models.lora(models.llama(), seed=4, use_dora=True)
+    adapter.save_pretrained(str(tmp_path))
+    turned = valve()
+    found = load_direction(tmp_path, turned.model)
+    assert isinstance(found, TaskVector)
+    assert not turned.turn_to(found)
+    fresh = models.llama()
+    assert torch.equal(at(turned, 1.0), at(Valve(fresh, models.tokenizer(), load_direction(tmp_path, fresh)), 1.0))
