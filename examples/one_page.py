@@ -1,25 +1,26 @@
 r"""CoT-Valve on one page: theta + alpha * delta, one alpha per row, learned, sampled and learned again.
-
-    python examples/one_page.py            # two or three minutes on a CPU
-    python examples/one_page.py --quick    # seconds: the same with less data
+    python examples/one_page.py            # some minutes on a CPU
+    python examples/one_page.py --quick    # a minute: the same with less data
 
 The embedded reasoner (4.5 M parameters) answers word problems with long chains. The script trains a LoRA on the
 brief solutions (eq. 2), samples chains at several alphas and keeps the right ones (MixChain-C), gives each its
-beta (eq. 4), trains a new LoRA on all of them (eq. 3, CoT-Valve++) and prints tokens and accuracy of both along alpha
-(with ACU, eq. 5). Nothing of the package is used but the model's folder and the problems.
+beta (eq. 4), trains a new LoRA on all of them (eq. 3, CoT-Valve++), another from the long ones to the short ones
+(CoT-Valve+P), and prints tokens, accuracy and ACU (eq. 5) of the three along alpha. Last, the direction that needs no
+training: theta2 - theta1 of two checkpoints. Nothing of the package is used but the models' folders and the problems.
 
 Left out, and where the package has it:
-- alpha per token, packed rows; alpha 0 bit for bit with NaN in the LoRA; refusing merged adapters       valve.py
-- an existing pair (theta2 - theta1) instead of training, exact or of low rank           taskvector.py, extraction.py
-- CoT-Valve+P, the authors' data, learning rates that rise and fall, resuming                    recipes.py, train.py
-- chains kept on disk as they end; counts of what was dropped; answers other than numbers   mixchain.py, grading.py
-- slots that refill while other chains still run, CUDA graphs, seeds per chain                            engines/
+- alpha per token, packed rows; NaN in the LoRA; refusing merged adapters                                valve.py
+- theta2 - theta1 of checkpoints larger than the memory, or as a LoRA of low rank        taskvector.py, extraction.py
+- the authors' data, resuming; chains kept on disk, counts of what was dropped      recipes.py, train.py, mixchain.py
+- slots that refill, CUDA graphs, seeds per chain; answers other than numbers               engines/, grading.py
 - 95 % intervals, paired tests, baselines, a report; alpha chosen on held-out questions          sweep.py, calibrate.py
 """
 
 import argparse
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -33,18 +34,22 @@ import cotvalve
 from cotvalve.problems import arithmetic
 from cotvalve.types import Problem
 
-REASONER = Path(cotvalve.__path__[0]) / "assets" / "tiny" / "reasoner"
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TINY = Path(cotvalve.__path__[0]) / "assets" / "tiny"
+INSTRUCT, REASONER = TINY / "instruct", TINY / "reasoner"  # theta1 answers briefly, theta2 was made from it
+Alphas = tuple[float, ...]
+ALPHAS: Alphas = (0.0, 0.25, 0.5, 0.75, 1.0)
+STAGES = 3  # of CoT-Valve+P
 BATCH = 80  # chains sampled at once
 Example = tuple[Problem, str, float]  # problem, chain, the alpha it is learned at
 Sample = tuple[Problem, float, str, int]  # problem, alpha, chain, tokens
+Kept = list[Sample]  # the right chains of one question, longest first
 
 
 class Valve:
     """A frozen model with a LoRA of its own, and the alpha of each row of the next batch."""
 
-    def __init__(self) -> None:
-        base = AutoModelForCausalLM.from_pretrained(REASONER, dtype=torch.float32)
+    def __init__(self, folder: Path = REASONER) -> None:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model: PeftModel = get_peft_model(base, config)  # B starts at zero: delta is zero until it is trained
         self.alpha_B = torch.zeros(1)
@@ -58,6 +63,21 @@ class Valve:
     def _turn(self, _module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
         # The whole trick: W x + alpha * (lora_alpha / r) * B A x, with one alpha per row of the batch.
         return out * self.alpha_B[:, None, None]
+
+
+@contextmanager
+def moved(theta1: nn.Module, theta2: nn.Module, alpha: float) -> Iterator[None]:
+    """theta1 + alpha * (theta2 - theta1) while inside. The stored theta1 is copied back: subtracting again would drift."""
+    stored = {name: weight.detach().clone() for name, weight in theta1.named_parameters()}
+    goal = dict(theta2.named_parameters())
+    with torch.no_grad():
+        for name, weight in theta1.named_parameters():
+            weight.add_(goal[name] - weight, alpha=alpha)
+        try:
+            yield
+        finally:
+            for name, weight in theta1.named_parameters():
+                weight.copy_(stored[name])
 
 
 def easy(split: arithmetic.Split, steps: int, seed: int) -> list[Problem]:
@@ -80,7 +100,7 @@ def brief(problem: Problem) -> str:
 def train(valve: Valve, tokenizer: PreTrainedTokenizerBase, examples: list[Example], seed: int) -> float:
     """Cross-entropy of the chain's own tokens at theta + alpha * delta; returns the last step's loss.
 
-    With alpha 1 everywhere this is eq. 2; with alpha = beta of each chain, eq. 3.
+    With alpha 1 everywhere this is eq. 2 (and a stage of +P); with alpha = beta of each chain, eq. 3.
     """
     rows: list[tuple[list[int], int, float]] = []
     for problem, chain, alpha in examples:
@@ -112,9 +132,9 @@ def train(valve: Valve, tokenizer: PreTrainedTokenizerBase, examples: list[Examp
 
 
 @torch.inference_mode()
-def sample(valve: Valve, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> list[Sample]:
+def sample(valve: Valve, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], alphas: Alphas) -> list[Sample]:
     """One chain for every problem at every alpha, at temperature 1: a greedy one shows only the likeliest style."""
-    todo = [(problem, alpha) for alpha in ALPHAS for problem in problems]  # one batch holds several alphas
+    todo = [(problem, alpha) for alpha in alphas for problem in problems]  # one batch holds several alphas
     done: list[Sample] = []
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "cache_implementation": "static"}
@@ -141,24 +161,32 @@ def beta(tokens: int, shortest: int, longest: int) -> float:
     return 1 - (tokens - shortest) / (longest - shortest)
 
 
-def mixchain(chains: list[Sample]) -> list[Example]:
-    """Right chains at their own beta. Beta 0 has no gradient, and equal lengths have no beta: neither is kept."""
-    by_problem: dict[str, dict[str, tuple[Problem, int]]] = {}
-    for problem, _, chain, tokens in chains:
-        if right(problem, chain):
-            by_problem.setdefault(problem.id, {})[chain] = problem, tokens
-    examples: list[Example] = []
-    for found in by_problem.values():
-        lengths = [tokens for _, tokens in found.values()]
-        for chain, (problem, tokens) in found.items():
-            if tokens < max(lengths):
-                examples.append((problem, chain, beta(tokens, min(lengths), max(lengths))))
-    return examples
+def mixchain(samples: list[Sample]) -> list[Kept]:
+    """MixChain-C: questions with right chains of several lengths. One length has no beta: eq. 4 is 0/0."""
+    found: dict[str, dict[str, Sample]] = {}
+    for sample in samples:
+        if right(sample[0], sample[2]):
+            found.setdefault(sample[0].id, {})[sample[2]] = sample
+    mix = [sorted(chains.values(), key=lambda sample: -sample[3]) for chains in found.values()]
+    return [kept for kept in mix if kept[0][3] > kept[-1][3]]
+
+
+def at_beta(mix: list[Kept]) -> list[Example]:
+    """Eq. 3: every chain at its own beta. At beta 0 there is no gradient: the longest of a question is left out."""
+    examples = [(p, chain, beta(tokens, kept[-1][3], kept[0][3])) for kept in mix for p, _, chain, tokens in kept]
+    return [example for example in examples if example[2] > 0]
+
+
+def stages(mix: list[Kept]) -> list[list[Example]]:
+    """CoT-Valve+P: a stage is one chain of every question, by rank from its longest to its shortest, at alpha 1."""
+    ranks = [[kept[round(k * (len(kept) - 1) / (STAGES - 1))] for kept in mix] for k in range(STAGES)]
+    return [[(problem, chain, 1.0) for problem, _, chain, _ in stage] for stage in ranks]
 
 
 def curve(name: str, valve: Valve, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> None:
     billions = sum(p.numel() for n, p in valve.model.named_parameters() if "lora_" not in n) / 1e9
-    chains = sample(valve, tokenizer, problems)
+    torch.manual_seed(0)  # the same random numbers for each system: at alpha 0 all are the base, chain by chain
+    chains = sample(valve, tokenizer, problems, ALPHAS)
     for alpha in ALPHAS:
         here = [(problem, chain, tokens) for problem, at, chain, tokens in chains if at == alpha]
         accuracy = 100 * sum(right(problem, chain) for problem, chain, _ in here) / len(here)
@@ -182,17 +210,29 @@ def main() -> None:
     valve = Valve()
     loss = train(valve, tokenizer, [(p, brief(p), 1.0) for p in problems[:learn]], how.seed)
     print(f"CoT-Valve: {learn} brief chains at alpha 1, loss {loss:.3f}")
-    chains = sample(valve, tokenizer, problems[learn : learn + mix])
-    examples = mixchain(chains)
+    chains = sample(valve, tokenizer, problems[learn : learn + mix], ALPHAS)
+    mixed = mixchain(chains)
+    examples = at_beta(mixed)
     kept = sum(right(problem, chain) for problem, _, chain, _ in chains)
     print(f"MixChain-C: {kept} of {len(chains)} chains are right, {len(examples)} have a beta above 0")
     plus = Valve()  # a new LoRA on the reasoner, as eq. 3 reads
     loss = train(plus, tokenizer, examples, how.seed)
     print(f"CoT-Valve++: {len(examples)} chains at their beta, loss {loss:.3f}")
+    progressive = Valve()  # one LoRA through all stages; the optimizer starts anew at each
+    for number, stage in enumerate(stages(mixed)):
+        loss = train(progressive, tokenizer, stage, how.seed + number)
+    print(f"CoT-Valve+P: {STAGES} stages of {len(mixed)} chains at alpha 1, loss {loss:.3f}")
 
     print(f"\n{test} test questions, temperature 1\n{'':12} alpha accuracy % tokens        ACU")
     curve("CoT-Valve", valve, tokenizer, unseen[:test])
     curve("CoT-Valve++", plus, tokenizer, unseen[:test])
+    curve("CoT-Valve+P", progressive, tokenizer, unseen[:test])
+
+    pair, longer = Valve(INSTRUCT), Valve(REASONER)  # their LoRAs stay zero: here the weights themselves move
+    for alpha in (0.0, 0.75):  # one alpha for the whole batch; larger is longer
+        with moved(pair.model, longer.model, alpha):
+            lengths = [tokens for *_, tokens in sample(pair, tokenizer, unseen[:test], (0.0,))]
+        print(f"theta1 + {alpha:.2f} * (theta2 - theta1): {sum(lengths) / test:.1f} tokens")
     print(f"\n{time.monotonic() - began:.0f} s")
 
 
