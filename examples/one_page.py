@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less data: seconds instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     how = parser.parse_args()
-    learn, mix, test = (64, 12, 8) if how.quick else (96, 64, 40)
+    learn, mix, test = (64, 8, 6) if how.quick else (96, 64, 40)
     torch.manual_seed(how.seed)
     logging.disable_progress_bar()
     began = time.monotonic()

@@ -122,6 +122,7 @@ def test_training_records_it_and_another_base_is_told_once(
     code, said = command(*train(tmp_path / "base", questions, tmp_path / "d", *how))
     assert code == 0, said
     assert read_json(tmp_path / "d" / CARD)["base_sha256"] == fingerprint(base)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "cotvalve"):
         Valve.load(tmp_path / "base", tmp_path / "d", device="cpu")
         assert not caplog.messages
