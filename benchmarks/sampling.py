@@ -1,21 +1,22 @@
 """What sampling at mixed alphas costs: one command, every system on the same card, one JSON line per part.
 
-    python benchmarks/sampling.py --model Qwen/Qwen2.5-Coder-0.5B --out sampling.jsonl
-    python benchmarks/sampling.py --model tiny-reasoner --requests 64 --tokens 20 --batch 16 --parts floor,dial,base,engine
+    python benchmarks/sampling.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --out sampling.jsonl
+    python benchmarks/sampling.py --model tiny-reasoner --requests 64 --parts engine_base,engine,generate,generate_base
 
 Parts, each in a process of its own, so that one that fails loses nothing of the others:
 
-    floor      measured copy bandwidth and matrix rate, and the tokens/s that reading the weights and caches allows
-    base       vLLM without any LoRA: what the dial is measured against
-    dial       vLLM with the dial, --alphas distinct positions mixed
-    many       the same at 1, 8, 64 and 512 distinct positions (--distinct)
-    stock8     vLLM's own multi-LoRA with 8 baked adapters; stock32 with 32
-    engine     this package's transformers engine
-    generate   transformers' generate, batch by batch
-    profile    where one decoding step of the dial goes (torch profiler); profile_base without LoRA
-    smoke      greedy chains of the dial: mixed against alone, alpha 0 against no direction; no timing
+    floor            measured copy bandwidth and matrix rate, and the tokens/s that reading the weights and caches allows
+    engine           the default engine with the dial, at each number of distinct positions in --distinct
+    engine_base      the same engine without any LoRA: what the dial is measured against
+    engine_profile   where one decoding step of it goes; engine_base_profile without LoRA
+    generate         transformers' generate with the dial, batch by batch; generate_base without
+    dial             vLLM with the dial, at each number in --distinct; base without any LoRA
+    stock8           vLLM's own multi-LoRA with 8 baked adapters; stock32 with 32
+    profile          where one decoding step of the dial in vLLM goes; profile_base without LoRA
+    smoke            greedy chains of the dial in vLLM: mixed against alone, alpha 0 against no direction; no timing
 
-Greedy, every chain exactly --tokens long (no stop), prompts of grade-school length. --direction is a folder in
+Greedy, every chain exactly --tokens long, or with --natural as long as the model makes it, up to --tokens; questions of
+grade-school length. --direction is a folder in
 PEFT's format; without it a random rank-8 one is made (its B is not zero; timing does not depend on its values).
 """
 
@@ -35,7 +36,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("floor", "base", "dial", "many", "stock8", "stock32", "engine", "generate", "profile", "profile_base", "smoke")
+PARTS = (
+    "floor", "engine", "engine_base", "engine_profile", "engine_base_profile", "generate", "generate_base",
+    "dial", "base", "stock8", "stock32", "profile", "profile_base", "smoke",
+)  # fmt: skip
+BARE = {"engine": "engine_base", "generate": "generate_base", "dial": "base"}
+"""Each system with the dial, and the part that runs it without any LoRA."""
 
 
 def arguments() -> argparse.Namespace:
@@ -46,13 +52,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--requests", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=1024, help="chains at once in vLLM and in the engine")
+    parser.add_argument("--batch", type=int, default=1024, help="chains at once in vLLM")
+    parser.add_argument("--slots", type=int, help="chains at once in the default engine; by default as many as fit the memory")
     parser.add_argument("--generate-batch", type=int, default=512)
-    parser.add_argument("--alphas", type=int, default=8, help="distinct positions in the mixed batch")
-    parser.add_argument("--distinct", default="1,8,64,512", help="numbers of distinct positions of part 'many'")
+    parser.add_argument("--distinct", default="8,1,64,512", help="numbers of distinct positions, one after the other")
+    parser.add_argument("--natural", action="store_true", help="chains end where the model ends them")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds; the best one is compared")
-    parser.add_argument("--parts", default="floor,base,dial,stock8,engine,generate,many,stock32,profile,profile_base")
-    parser.add_argument("--check", action="store_true", help="part 'smoke' on the engine of parts dial and many, before they are timed")
+    parser.add_argument("--parts", default=",".join(PARTS[:-1]))
+    parser.add_argument("--check", action="store_true", help="part 'smoke' on the engine of part dial, before it is timed")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile and CUDA graphs")
     parser.add_argument("--vllm", default="{}", help="further EngineArgs of vLLM, as JSON")
     parser.add_argument("--seconds", type=int, default=900, help="limit for one part")
@@ -101,15 +108,15 @@ def table(done: list[dict[str, Any]]) -> str:
     rows = [row for part in done for row in part.get("rows", [])]
     rate = {row["name"]: row["tokens_per_second"] for row in rows}
     floor = next((part["floor_tokens_per_second"] for part in done if part["part"] == "floor" and "error" not in part), None)
-    dial = next((row["tokens_per_second"] for row in rows if row["name"].startswith("dial")), None)
-    lines = [f"{'':28}{'tokens/s':>12}{'of floor':>10}{'of base':>10}{'dial is':>10}{'GB used':>10}{'start s':>9}"]
+    ours = next((row["tokens_per_second"] for row in rows if row["name"].startswith("engine, ")), None)
+    lines = [f"{'':28}{'tokens/s':>12}{'of floor':>10}{'of no LoRA':>11}{'engine is':>11}{'GB used':>10}{'start s':>9}"]
     for row in rows:
-        speed = row["tokens_per_second"]
+        speed, bare = row["tokens_per_second"], rate.get(BARE.get(row["name"].partition(",")[0], ""))
         lines.append(
             f"{row['name']:28}{speed:12,.0f}"
             + (f"{100 * speed / floor:9.1f}%" if floor else f"{'':10}")
-            + (f"{100 * speed / rate['base']:9.1f}%" if rate.get("base") else f"{'':10}")
-            + (f"{dial / speed:9.2f}x" if dial else f"{'':10}")
+            + (f"{100 * speed / bare:10.1f}%" if bare else f"{'':11}")
+            + (f"{ours / speed:10.2f}x" if ours else f"{'':11}")
             + f"{row.get('memory_gb', 0):10.1f}{row.get('start_seconds', 0):9.0f}"
         )
     lines += [f"{part['part']}: {part['error']}" for part in done if "error" in part]
@@ -132,29 +139,34 @@ def run(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if part.startswith("profile"):
         yield found | profile(args, dial=part == "profile")
         return
+    if part.endswith("profile"):
+        yield found | engine_profile(args, part.removesuffix("_profile"))
+        return
     began = time.monotonic()
     engine = make(part, args)
     start = time.monotonic() - began
     found["engine"] = engine.facts()["engine"] if hasattr(engine, "facts") else engine.name
-    if args.check and part in ("dial", "many"):
+    if args.check and part == "dial":
         found["smoke"] = smoke(engine, args)
-        print(f"   started in {start:.0f} s; {found['smoke']}", flush=True)
-    counts = [int(n) for n in args.distinct.split(",")] if part == "many" else [32 if part == "stock32" else args.alphas]
-    for n in counts:
-        grid = [0.0] if part == "base" else [round(1.5 * i / n, 6) for i in range(1, n + 1)]
+    bare, stock = part in BARE.values(), part.startswith("stock")
+    counts = [1] if bare else [int(part.removeprefix("stock"))] if stock else [int(n) for n in args.distinct.split(",")]
+    for n in counts[: 1 if part == "generate" else None]:
+        grid = [0.0] if bare else [round(1.5 * i / n, 6) for i in range(1, n + 1)]
         # Compiles and captures what this workload needs, on prompts of its own.
         list(engine.generate(requests_of(engine.valve, grid, "warm", args.batch, min(8, args.tokens))))
-        seconds: list[float] = []
+        seconds, rates = list[float](), list[float]()
         for i in range(args.rounds):
             asked = requests_of(engine.valve, grid, str(i), args.requests, args.tokens)
             began = time.monotonic()
             made = list(engine.generate(asked))
             seconds.append(time.monotonic() - began)
             tokens = sum(completion.tokens for completion in made)
-            assert (len(made), tokens) == (args.requests, args.requests * args.tokens)
-        name = f"dial, {n} alphas" if part in ("dial", "many") else f"stock, {n} alphas" if part.startswith("stock") else part
+            rates.append(tokens / seconds[-1])
+            assert len(made) == args.requests
+            assert args.natural or tokens == args.requests * args.tokens
+        name = part if bare else f"{'stock' if stock else part}, {n} alphas"
         row = {
-            "name": name, "tokens_per_second": args.requests * args.tokens / min(seconds), "seconds": seconds,
+            "name": name, "tokens_per_second": max(rates), "seconds": seconds,
             "memory_gb": memory(), "start_seconds": start,
         }  # fmt: skip
         print(f"   {name}: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
@@ -170,21 +182,22 @@ def make(part: str, args: argparse.Namespace) -> Any:
     from cotvalve import Valve
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = part in ("engine", "generate")
-    valve = Valve.load(args.model, None if part in ("base", "profile_base") else args.direction, device=device)
+    ours = part.partition("_")[0]
+    valve = Valve.load(args.model, None if part in (*BARE.values(), "profile_base") else args.direction, device=device)
     never = [valve.model.config.vocab_size + 1]
-    if ours:
+    if ours in ("engine", "generate"):
         from cotvalve.engines import pick
 
-        engine: Any = pick("transformers" if part == "engine" else "generate", valve, args.batch if part == "engine" else args.generate_batch)
-        engine._codec.stops = never
+        engine: Any = pick("transformers", valve, args.slots) if ours == "engine" else pick("generate", valve, args.generate_batch)
+        engine._codec.stops = engine._codec.stops if args.natural else never
         return engine
     from cotvalve.engines.vllm import Options, VllmEngine
 
     stock = int(part.removeprefix("stock")) if part.startswith("stock") else 8
     options = Options(batch=args.batch, dial=False if part.startswith("stock") else None, eager=args.eager, stock_slots=stock, more=json.loads(args.vllm))
     engine = VllmEngine(valve, options=options)
-    engine._codec.stops = engine._server._stops = never
+    if not args.natural:
+        engine._codec.stops = engine._server._stops = never
     return engine
 
 
@@ -282,7 +295,7 @@ def profile(args: argparse.Namespace, *, dial: bool) -> dict[str, Any]:
     from torch.profiler import profile as watch
 
     engine = make("dial" if dial else "profile_base", args)
-    grid = [round(1.5 * i / args.alphas, 6) for i in range(1, args.alphas + 1)] if dial else [0.0]
+    grid = [round(1.5 * i / 8, 6) for i in range(1, 9)] if dial else [0.0]
     list(engine.generate(requests_of(engine.valve, grid, "warm", args.batch, 8)))
     server = engine._server
     core = server._engine
@@ -320,6 +333,43 @@ def profile(args: argparse.Namespace, *, dial: bool) -> dict[str, Any]:
     return {
         "engine": engine.facts()["engine"], "step_ms": 1e3 * plain, "busy_ms": sum(spent.values()),
         "top_ms": [[name[:110], round(ms, 4)] for name, ms in top], "python_ms": python,
+    }  # fmt: skip
+
+
+def engine_profile(args: argparse.Namespace, part: str) -> dict[str, Any]:
+    """Where one decoding step of the default engine goes, every slot filled."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    from cotvalve.engines.transformers import Batch
+
+    engine = make(part, args)
+    slots = args.slots or engine.slots_that_fit(512)
+    grid = [0.0] if part in BARE.values() else [round(1.5 * i / 8, 6) for i in range(1, 9)]
+    encoded, _ = engine._codec.encode(requests_of(engine.valve, grid, "profile", slots, args.tokens))
+    cuda = torch.cuda.is_available()
+    with engine.fitted():
+        batch = Batch(engine, encoded, slots, 0.0)
+
+        def burst(count: int) -> float:
+            began = time.perf_counter()
+            for _ in range(count):
+                batch.launch()
+                batch.collect()
+            return 1e3 * (time.perf_counter() - began) / count / batch.burst
+
+        first = burst(1) * batch.burst
+        burst(4)
+        plain = burst(6)
+        with watch(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+            burst(2)
+    events = [event for event in seen.key_averages() if not cuda or event.device_type.name != "CPU"]
+    spent = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 2 / batch.burst / 1e3 for event in events}
+    top = sorted(spent.items(), key=lambda pair: -pair[1])[:25]
+    return {
+        "engine": engine.name, "slots": slots, "first_burst_ms": first, "step_ms": plain, "busy_ms": sum(spent.values()),
+        "kernels": sum(event.count for event in events) // (2 * batch.burst), "top_ms": [[name[:110], round(ms, 4)] for name, ms in top],
     }  # fmt: skip
 
 

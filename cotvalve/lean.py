@@ -152,8 +152,9 @@ def lean(valve: Valve, *, compiled: bool = False, flat: bool = False) -> Generat
             stack.callback(model.set_attn_implementation, _attention(model))
             model.set_attn_implementation(FLAT)
         if compiled:
-            # Else a new number of rows, found in an attribute of a module, would be compiled anew.
-            stack.enter_context(dynamo.patch(force_nn_module_property_static_shapes=False))
+            # Else a new number of rows, found in an attribute of a module, would be compiled anew; and each fixed number (a
+            # scale, an epsilon) would come from the card at every call, which waits for it sixteen times a layer.
+            stack.enter_context(dynamo.patch(force_nn_module_property_static_shapes=False, specialize_float=True))
             # The first layer's input has no gradient, unlike the others': it would be compiled apart.
             hook = model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_())
             stack.callback(hook.remove)

@@ -278,7 +278,7 @@ def run(settings: MixSettings, progress: Progress = silent) -> Path:
         alphas = settings.alphas if settings.direction else [0.0]
         work = (len(problems) * len(alphas) * settings.samples - len(at.rows)) * settings.max_new_tokens
         asked = requests_for(problems, settings, valve.tokenizer, alphas)
-        rows = sample_rows(at, pick(settings.engine, valve, settings.slots, work=work), problems, asked, progress)
+        rows = sample_rows(at, pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens), problems, asked, progress)
         human = short_chains(problems, valve.tokenizer, thinks(valve.tokenizer)) if settings.solutions else []
         mix, report = assemble(rows, problems, settings, {m.problem.id: m.chains[0] for m in human})
         describe(mix)

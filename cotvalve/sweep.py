@@ -122,7 +122,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         # The first direction is on the model from the start: at alpha 0 it is the plain model, and vLLM starts once.
         if where := next(iter(directions.values()), None):
             valve.turn_to(load_direction(where, valve.model))
-        engine = pick(settings.engine, valve, settings.slots, work=work)
+        engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens)
         for name, problems in sets.items():
             rows[name, PLAIN] = sample_rows(
                 at, engine, problems, requests_for(problems, settings, valve.tokenizer, wanted, paired=True), progress, f"{name}|{PLAIN}|"
@@ -136,7 +136,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         for number, (label, where) in enumerate(directions.items()):
             if number and not valve.turn_to(load_direction(where, valve.model)):
                 del engine
-                engine = pick(settings.engine, valve, settings.slots, work=work)
+                engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens)
             for name, problems in sets.items():
                 asked = requests_for(problems, settings, valve.tokenizer, turned, paired=True)
                 found = sample_rows(at, engine, problems, asked, progress, f"{name}|{label}|")

@@ -2,7 +2,8 @@
 
 Every position is computed from the stored endpoints in fp32 and rounded once to the model's dtype, so nothing drifts:
 alpha 0 is theta1 and alpha 1 is theta2, bit for bit. All weights move, so one batch has one alpha; `extraction.extract`
-with a rank makes a `Direction`, which can mix them. At most one tensor is in flight besides the model.
+with a rank makes a `Direction`, which can mix them. At most one tensor is in flight besides the model; on a GPU that
+holds three models both ends stay beside it (`Mover`), and a move is one pass over them.
 
 Also here: a DoRA adapter as its exact weight difference (`from_dora`).
 """
@@ -26,12 +27,16 @@ from cotvalve.direction import refuse_fused
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
 from cotvalve.records import read_json
 from cotvalve.types import Toward
-from cotvalve.weights import Anatomy, Checkpoint, Loaded, Weights, fingerprint
+from cotvalve.weights import Anatomy, Checkpoint, Held, Loaded, Weights, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DELTAS = "deltas.safetensors"
+CHUNK = {"cuda": 2**23, "cpu": 2**17}
+"""Values moved at a time, by device: their differences never leave its cache."""
+SPARE = 4 << 30
+"""Bytes of a GPU that keeping both ends beside the model must leave free."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Endpoint: TypeAlias = "str | Path | PreTrainedModel | Checkpoint | Loaded"
@@ -177,27 +182,17 @@ class TaskVector:
             digest.update(name.encode() + delta.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
     def apply(self, model: PreTrainedModel, alpha: float) -> int:
         """**Overwrites the weights of `model`** with theta1 + alpha * (theta2 - theta1); returns the tensors written.
 
         Whatever was in them before does not matter, so any order of alphas gives the same bits. An output
-        layer that is tied in the model but not in the vector is untied for good.
+        layer that is tied in the model but not in the vector is untied for good. `Mover` does it many times.
         """
         if not math.isfinite(alpha):
             raise SettingError(f"alpha is {alpha}; expected a finite number")
-        self.check_fits(model)
-        tied = Anatomy.of(model).tied
-        for name in self.moves.keys() & tied.keys():
-            _untie(model, name)
-        state = model.state_dict()
-        written = [state[name] for name in self.moves]
-        for side in (self.start, self.end):
-            if isinstance(side, Loaded):
-                side.keep(written)
-        for name, tensor in zip(self.moves, written, strict=True):
-            tensor.copy_(self.at(name, alpha, tensor.device))
-        return len(written)
+        mover = Mover(self, model, near=False)
+        mover.to(alpha)
+        return len(mover.written)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the folder: names and hashes of the two checkpoints (not copied), or the differences themselves."""
@@ -234,6 +229,53 @@ class TaskVector:
         end = Checkpoint(folder if found["theta2"]["name"] == "." else found["theta2"]["name"])
         _verify(end, found["theta2"], folder)
         return replace(cls.between(start, end), card=card)
+
+
+class Mover:
+    """A model and the vector it is moved along: checked once, and on a GPU with both ends beside it, so that a move is
+    one pass over them and nothing is read again."""
+
+    def __init__(self, vector: TaskVector, model: PreTrainedModel, *, near: bool = True) -> None:
+        """`near` keeps both ends on the model's GPU where SPARE bytes stay free. Raises DirectionMismatch as `check_fits` does."""
+        vector.check_fits(model)
+        for name in vector.moves.keys() & Anatomy.of(model).tied.keys():
+            _untie(model, name)
+        state = model.state_dict(keep_vars=True)
+        self.written = {name: state[name] for name in vector.moves}
+        """The model's own tensors by name."""
+        near = near and model.device.type == "cuda"
+        if near:
+            bytes_moved = sum(tensor.numel() * tensor.element_size() for tensor in self.written.values())
+            near = torch.cuda.mem_get_info(model.device)[0] > SPARE + 2 * bytes_moved
+        self.vector = self._near(vector, model.device) if near else vector
+        for side in (self.vector.start, self.vector.end):
+            if isinstance(side, Loaded):
+                side.keep(self.written.values())
+
+    def _near(self, vector: TaskVector, device: torch.device) -> TaskVector:
+        written, moves = list(self.written.values()), vector.moves.values()
+        start = Held(vector.start, {move.start for move in moves}, device, written)
+        if isinstance(vector.end, Mapping):
+            return replace(vector, start=start, end={name: delta.to(device) for name, delta in vector.end.items()})
+        return replace(vector, start=start, end=Held(vector.end, {move.end for move in moves}, device, written))
+
+    @torch.no_grad()
+    def to(self, alpha: float) -> None:
+        """Writes theta1 + alpha * (theta2 - theta1) over the model."""
+        for name, tensor in self.written.items():
+            self._write(name, alpha, tensor)
+
+    def _write(self, name: str, alpha: float, into: Tensor) -> None:
+        """`TaskVector.at` of one tensor, into the model's own: the same numbers, a chunk at a time, rounded as they are written."""
+        vector, move = self.vector, self.vector.moves[name]
+        if alpha in (0, 1) or move.rows is not None or isinstance(vector.end, Mapping) or not into.is_contiguous():
+            into.copy_(vector.at(name, alpha, into.device))
+            return
+        start, end = (side.read(own).to(into.device).contiguous() for side, own in ((vector.start, move.start), (vector.end, move.end)))
+        size = CHUNK.get(into.device.type, CHUNK["cpu"])
+        for a, b, out in zip(*(tensor.view(-1).split(size) for tensor in (start, end, into)), strict=True):
+            exact = _exact(a, vector.start.name, name)
+            torch.add(exact, _exact(b, vector.end.name, name) - exact, alpha=alpha, out=out)
 
 
 def from_dora(folder: str | Path, base: Endpoint) -> TaskVector:

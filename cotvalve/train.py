@@ -160,6 +160,9 @@ def fit(
         parameter.requires_grad_(True)
     if settings.gradient_checkpointing:
         valve.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if device.type == "cuda":
+        # Portions of ever new sizes break fixed blocks of memory apart until the card is full and has to be emptied.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # pyright: ignore
     report: Json = {"stages": []}
     flat = can_lie_flat(valve.model)
     work = 4 * valve.billions() * 1e9 * settings.epochs * sum(e.chain.tokens for stage in stages for e in stage.examples)

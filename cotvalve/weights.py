@@ -187,6 +187,28 @@ class Loaded:
         return self._tokenizer
 
 
+class Held:
+    """Another's tensors by name, on a device for good: what is read at every move is not fetched at every move."""
+
+    def __init__(self, of: Weights, names: Iterable[str], device: torch.device, written: Iterable[Tensor]) -> None:
+        """Copies the tensors `names`, but those that are there already and are none of those that will be `written`."""
+        self.name, self.anatomy, self._of = of.name, of.anatomy, of
+        places = {tensor.data_ptr() for tensor in written}
+        read = {name: of.read(name) for name in names}
+        self._tensors = {
+            name: tensor if tensor.device == device and tensor.data_ptr() not in places else tensor.to(device, copy=True)
+            for name, tensor in read.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the device."""
+        return self._tensors[name]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The other's."""
+        return self._of.tokenizer()
+
+
 def fingerprint(of: Weights | nn.Module) -> str:
     """Hex sha256 of names, shapes and 64 values of every tensor of a model, at places spread over it.
 

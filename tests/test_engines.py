@@ -14,8 +14,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, pick
+from cotvalve.engines import Engine, pick, slots
 from cotvalve.engines.generate import GenerateEngine
+from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.sampling import BLOCK, Codec, invert, sample, uniforms
 from cotvalve.engines.transformers import TransformersEngine, unsupported
 from cotvalve.errors import EngineError, SettingError
@@ -456,3 +457,49 @@ def test_a_request_s_numbers_are_its_seed_s() -> None:
     assert float(many.min()) >= 0
     assert float(many.max()) < 1
     assert abs(float(many.mean()) - 0.5) < 0.005
+
+
+def by_rows(query: Tensor, key: Tensor, value: Tensor, ends: slots.Ends, scaling: float | None) -> Tensor:
+    """What the kernel on the card computes, row by row."""
+    assert ends.queries.tolist() == list(range(len(query) + 1))
+    heads = query.shape[1] // key.shape[1]
+    out: list[Tensor] = []
+    for q, start, used in zip(query, ends.starts[:-1].tolist(), ends.used.tolist(), strict=True):
+        k, v = (part[start : start + used].repeat_interleave(heads, 1).transpose(0, 1) for part in (key, value))
+        out.append(torch.nn.functional.scaled_dot_product_attention(q[:, None], k, v, scale=scaling)[:, 0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_rows_that_read_their_own_length(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """The layout for the card's kernel, with the kernel's arithmetic on a CPU: refills, and rows moved to the front."""
+    monkeypatch.setattr("cotvalve.engines.transformers.reads_rows", lambda _: True)
+    monkeypatch.setattr(slots, "read_rows", by_rows)
+    assert run(engine("transformers", batch), mixture()) == alone()
+
+
+def test_each_row_reads_its_own_length_on_16_bit_cards_only() -> None:
+    assert not slots.reads_rows(models.llama())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_give_the_same_numbers(dtype: torch.dtype) -> None:
+    model = models.llama().to(dtype)
+    for norm in (m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"):
+        torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    ids = torch.arange(1, 40)[None]
+    before = model(ids).logits
+    with fused_norms(model) as count:
+        assert count == 2 * model.config.num_hidden_layers + 1
+        off = (model(ids).logits - before).float().std() / before.float().std()
+    assert off < (1e-5 if dtype == torch.float32 else 0.03)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_norm_that_computes_otherwise_is_not_fused() -> None:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = Gemma2ForCausalLM(Gemma2Config(**shape, num_key_value_heads=2, head_dim=8))
+    for norm in (m for m in model.modules() if type(m).__name__ == "Gemma2RMSNorm"):
+        torch.nn.init.constant_(norm.weight, 0.2)  # scales by 1.2
+    with fused_norms(model) as count:
+        assert count == 0

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cotvalve.checkpoints import load_model
 from cotvalve.direction import load_direction
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
-from cotvalve.taskvector import TaskVector, from_dora
-from cotvalve.weights import Checkpoint, Loaded
+from cotvalve.taskvector import Mover, TaskVector, from_dora
+from cotvalve.weights import Checkpoint, Held, Loaded
 from tests import models
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -70,6 +71,27 @@ def test_between_the_ends_it_is_theta1_plus_alpha_delta(tmp_path: Path) -> None:
         for name, weight in model.named_parameters():
             one, two = base.get_parameter(name).float(), reasoner.get_parameter(name).float()
             torch.testing.assert_close(weight, one + alpha * (two - one), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_move_in_chunks_writes_what_at_says(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Alphas one after the other, in chunks that end inside a row; ends that stay beside the model they came from."""
+    monkeypatch.setattr("cotvalve.taskvector.CHUNK", {"cpu": 37})
+    model, other = models.llama(dtype=dtype), models.moved(models.llama(dtype=dtype))
+    vector = TaskVector.between(model, other, note="in memory")
+    names = [vector.moves[name].start for name in vector.moves]
+    state = list(model.state_dict().values())
+    assert isinstance(vector.end, Loaded)
+    mover = Mover(vector, model, near=False)
+    mover.vector = replace(vector, start=Held(vector.start, names, torch.device("cpu"), state), end=Held(vector.end, names, torch.device("cpu"), state))
+    wanted = {alpha: {name: vector.at(name, alpha).to(dtype, copy=True) for name in vector.moves} for alpha in (0.3, 1.4, 0.0, 1.0)}
+    for alpha in (0.3, 1.4, 0.0, 1.0, 0.3):
+        mover.to(alpha)
+        for name, tensor in wanted[alpha].items():
+            assert torch.equal(model.state_dict()[name], tensor), (alpha, name)
+    assert isinstance(mover.vector.end, Held)
+    theirs = mover.vector.end.read(names[0])
+    assert theirs.data_ptr() == vector.end.read(names[0]).data_ptr(), "what is not written over is not copied"
 
 
 def test_sharded_checkpoints_are_streamed(tmp_path: Path) -> None:

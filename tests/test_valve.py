@@ -636,3 +636,24 @@ def test_dora_is_read_on_a_model_that_carries_another_lora(tmp_path: Path) -> No
     assert not turned.turn_to(found)
     fresh = models.llama()
     assert torch.equal(at(turned, 1.0), at(Valve(fresh, models.tokenizer(), load_direction(tmp_path, fresh)), 1.0))
+
+
+def test_layers_that_read_the_same_input_share_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the same numbers up to the order of sums, also after the factors have changed."""
+    apart, joined = valve(), valve()
+    for factor in (1.0, 3.0):
+        for turned in (apart, joined):
+            with torch.no_grad():
+                for name, side in turned.model.named_parameters():
+                    if "lora_A" in name:
+                        side.mul_(factor)
+        for alpha in (0.0, 0.7, [1.0, 0.0, 0.5]):
+            with monkeypatch.context() as patch:
+                wanted = at(apart, alpha, rows=3)
+                patch.setattr("cotvalve.valve.JOINED", {"cpu"})
+                found = at(joined, alpha, rows=3)
+            assert torch.allclose(found, wanted, **SAME)
+    assert joined.dial is not None
+    inlets = {inlet for inlet in joined.dial.inlets.values() if len(inlet.layers) > 1}
+    assert len(inlets) == 2 * joined.model.config.num_hidden_layers
+    assert all(inlet.down is not None and inlet.x is None for inlet in inlets)

@@ -1,7 +1,7 @@
 """Engines: requests in, completions out, one protocol.
 
     transformers   own decoding loop on a transformers model: slots that refill, one alpha per row, CUDA graphs
-    vllm           vLLM with the dial in its workers: the fastest on a GPU, after a start of a minute or two
+    vllm           vLLM with the dial in its workers: its pages hold more long chains than slots do; several GPUs
     generate       plain `model.generate`, batch by batch: any architecture, slower; the reference in tests
 
 A new engine is one file with a class that has `generate`, and one line in `pick`.
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 NAMES = ("auto", "transformers", "vllm", "generate")
 WORTH_VLLM = 10_000_000
 """New tokens asked for at most, from which `auto` waits for vLLM to start."""
+FEW_SLOTS = 128
+"""Chains at once below which a GPU's steps are mostly waiting: long chains of a large model, which vLLM packs better."""
+PROMPT = 512
+"""Tokens of a prompt, before any was seen."""
 
 
 class Engine(Protocol):
@@ -36,18 +40,22 @@ class Engine(Protocol):
         ...
 
 
-def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0) -> Engine:
+def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, longest: int = 0) -> Engine:
     """The engine called `name` on `valve`; 'auto' takes the fastest one that supports the model.
 
     `batch` is the number of rows decoded at once; None sizes it from the memory. `work` is the number of new tokens
-    that will be asked for at most: 'auto' starts vLLM, where it is installed and there is a GPU, for WORTH_VLLM.
+    that will be asked for at most, `longest` that of one chain: 'auto' starts vLLM, where it is installed and there is
+    a GPU, for WORTH_VLLM tokens of chains so long that fewer than FEW_SLOTS of them fit the memory, or of a model that
+    our slots do not take.
     """
     from cotvalve.engines.generate import GenerateEngine
     from cotvalve.engines.transformers import TransformersEngine, unsupported
 
     if name not in NAMES:
         raise SettingError(unknown("engine", name, NAMES))
-    if name == "vllm" or (name == "auto" and work >= WORTH_VLLM and valve.model.device.type == "cuda"):
+    large = name == "auto" and work >= WORTH_VLLM and valve.model.device.type == "cuda"
+    slower = large and (unsupported(valve.model) or TransformersEngine(valve).slots_that_fit(longest + PROMPT) < FEW_SLOTS)
+    if name == "vllm" or slower:
         from cotvalve.engines import vllm_support
 
         if name == "vllm" or not (vllm_support.missing() or vllm_support.unsupported(valve)):

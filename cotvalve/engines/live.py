@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cotvalve.engines.sampling import Encoded
-from cotvalve.engines.slots import ATTENTION
 from cotvalve.engines.transformers import Batch, TransformersEngine
 from cotvalve.types import Completion
 
@@ -51,9 +50,7 @@ class Live:
         self._queue: deque[Encoded] = deque()
         self._watched: dict[str, int] = {}
         self._stack = ExitStack()
-        before = valve.model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
-        valve.model.set_attn_implementation(ATTENTION)
-        self._stack.callback(valve.model.set_attn_implementation, before or "sdpa")
+        self._stack.enter_context(engine.fitted())
         self._batch = _Open(engine, [], self.slots, 0.0, self.context)
         self._moved = ExitStack()
 

@@ -2,8 +2,8 @@
 
 A fixed number of slots holds one chain each; a slot is refilled as soon as its chain ends, so short chains
 never wait for long ones. Every row has its own alpha and its own position in a static key-value cache.
-On CUDA the decoding step is a graph, captured once per (rows, cache length) and replayed: alphas live in a
-tensor the graph reads, so a new alpha costs nothing.
+On CUDA the decoding step is a graph, captured once per number of rows and replayed: alphas live in a tensor the
+graph reads, so a new alpha costs nothing. Texts are decoded and handed over while the card computes the next steps.
 
 Left out on purpose: sliding-window, linear and soft-capped attention (`unsupported` says so and the plain
 engine takes over), beam search, speculative decoding.
@@ -14,8 +14,8 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
-from cotvalve.engines.slots import ATTENTION, SlotLayer, Span, Window
+from cotvalve.engines.slots import ATTENTION, Ends, SlotLayer, Span, Window, reads_rows
 from cotvalve.errors import EngineError
 from cotvalve.types import Completion, Progress, Request, silent
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from cotvalve.valve import Valve
 
 
+MOST_SLOTS = 2048
+"""Chains at once on a GPU, where the memory holds so many: the more there are, the less each one waits for weights."""
 SPAN = 8
 """Rows that read the cache together on a CPU: fewer read less past their ends, more make fewer calls."""
 
@@ -74,27 +77,33 @@ class TransformersEngine:
         groups: dict[float, list[Encoded]] = {}
         for e in encoded:
             groups.setdefault(0.0 if self.valve.rows else e.request.alpha, []).append(e)
-        before = self.valve.model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         for alpha in sorted(groups):
             # The lowest alphas first: they write the longest chains, and chains of one length share their steps best
             # (a step's attention reads as far as its longest row).
             waiting = sorted(groups[alpha], key=lambda e: (e.request.alpha, -(len(e.ids) + e.room)))
-            slots = min(self.batch or self.slots_that_fit(max(len(e.ids) + e.room for e in waiting)), len(waiting))
+            longest, slots = max(len(e.ids) + e.room for e in waiting), 0
             while waiting:
                 batch: Batch | None = None
-                self.valve.model.set_attn_implementation(ATTENTION)
+                ended: list[Ended] = []
                 try:
-                    batch = Batch(self, waiting, slots, alpha)
                     # Weights of an exact task vector are moved once here, not at every token.
-                    with nullcontext() if self.valve.rows else self.valve.at(alpha):
-                        while batch.busy:
-                            for completion in batch.advance():
+                    with self.fitted(), nullcontext() if self.valve.rows else self.valve.at(alpha):
+                        slots = slots or min(self.batch or self.slots_that_fit(longest), len(waiting))
+                        batch = Batch(self, waiting, slots, alpha)
+                        while batch.busy or ended:
+                            batch.launch()
+                            while ended:
+                                completion = batch.codec.completion(*ended.pop())
                                 done += 1
                                 tokens += completion.tokens
                                 yield completion
+                            ended = batch.collect()
                             progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
                     waiting = []
                 except torch.OutOfMemoryError as error:
+                    for e, ids in ended:
+                        done += 1
+                        yield self._codec.completion(e, ids)
                     waiting = batch.unfinished() if batch else waiting
                     if slots == 1:
                         raise EngineError("out of memory with a single chain at a time; lower max_new_tokens") from error
@@ -102,8 +111,18 @@ class TransformersEngine:
                     del batch
                     torch.cuda.empty_cache()
                     progress("sample", done, total, f"out of memory: going on with {slots} slots")
-                finally:
-                    self.valve.model.set_attn_implementation(before or "sdpa")
+
+    @contextmanager
+    def fitted(self) -> Generator[None]:
+        """The model as this engine wants it: attention on slots, and fused norms on a GPU."""
+        model = self.valve.model
+        before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+        model.set_attn_implementation(ATTENTION)
+        try:
+            with fused_norms(model) if model.device.type == "cuda" else nullcontext():
+                yield
+        finally:
+            model.set_attn_implementation(before or "sdpa")
 
     def slots_that_fit(self, longest: int) -> int:
         """Slots whose caches fit the free memory, for chains of `longest` tokens with their prompt."""
@@ -120,7 +139,11 @@ class TransformersEngine:
         # logits and their sampling copies take about 16 bytes a row and vocabulary entry
         chain += config.vocab_size * 16
         free, _ = torch.cuda.mem_get_info(model.device)
-        return max(1, min(1024, int(free * 0.7 / chain)))
+        return max(1, min(MOST_SLOTS, int(free * 0.7 / chain)))
+
+
+Ended = tuple[Encoded, list[int]]
+"""A chain that has ended, and its token ids."""
 
 
 class Batch:
@@ -147,7 +170,9 @@ class Batch:
         new = context or max(e.room for e in waiting)
         length = self._round(context or max(len(e.ids) + e.room for e in waiting))
         config = self.model.config
-        self.window = Window()
+        self.own_lengths = reads_rows(self.model)
+        """Whether each row reads as far as it reaches, and not as far as the longest one."""
+        self.window = Window(by_token=self.own_lengths)
         self.layers = [SlotLayer(self.window, slots, length) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=[*self.layers])
         self.length = length
@@ -163,6 +188,8 @@ class Batch:
         self.uniform = torch.zeros(slots, new if self.sampled or context else 1, device=self.device)
         self.stops = torch.tensor(self.codec.stops, dtype=torch.long, device=self.device)
         self.every = torch.arange(length, device=self.device)
+        self.numbers = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
+        self.starts = self.numbers * length
         self.graphs: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
         self.rows = slots
         self.spans: list[Span] | None = None
@@ -178,18 +205,26 @@ class Batch:
     def _round(self, length: int) -> int:
         return -(-length // self.grain) * self.grain
 
-    @torch.inference_mode()
     def advance(self) -> list[Completion]:
         """Admits, decodes one burst, and hands back what has finished."""
+        self.launch()
+        return [self.codec.completion(*ended) for ended in self.collect()]
+
+    @torch.inference_mode()
+    def launch(self) -> None:
+        """Admits what waits and starts one burst; on a GPU that returns long before it is done."""
+        if not self.busy:
+            return
         self._refill()
         steps = min(self.burst, max(e.room for e in self.slots if e is not None))
-        length = min(self.length, self._round(max(self.filled[i] for i in range(self.rows) if self.slots[i]) + steps))
+        length = self.length
+        if not self.own_lengths:
+            length = min(length, self._round(max(self.filled[i] for i in range(self.rows) if self.slots[i]) + steps))
         self.spans = None if self.cuda else self._spans(steps, length)
         for _ in range(steps):
             self._step(length)
         for i in range(self.rows):
             self.filled[i] += steps
-        return self._harvest()
 
     def _spans(self, steps: int, length: int) -> list[Span]:
         """How far each few rows reach in the next `steps` steps."""
@@ -241,10 +276,10 @@ class Batch:
         ids = torch.tensor([e.ids[:-1] + [0] * (width - len(e.ids) + 1) for e in encoded], device=self.device)
         self.window.slots = slots
         with self.valve.at(self.alpha[slots] if self.valve.rows else self.whole):
-            # Causal attention never looks right, so padding on the right needs no mask.
-            self.model(
+            # Causal attention never looks right, so padding on the right needs no mask; and no logits are wanted.
+            self.model.get_decoder()(
                 input_ids=ids, position_ids=torch.arange(width, device=self.device)[None].expand(len(encoded), -1),
-                past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+                past_key_values=self.cache, use_cache=True,
             )  # fmt: skip
         self.window.slots = None
 
@@ -272,11 +307,18 @@ class Batch:
         n = self.rows
         ids, position, count, alive = self.ids[:n], self.position[:n], self.count[:n], self.alive[:n]
         self.window.rows, self.window.length, self.window.position = n, length, position
-        mask = (self.every[:length] <= position[:, None])[:, None, None]
+        mask, how = None, dict[str, Any]()
+        if self.own_lengths:
+            self.window.position = self.starts[:n] + position
+            how["ends"] = Ends(self.numbers[: n + 1], self.starts[: n + 1], (position + 1).int(), length)
+        else:
+            mask = (self.every[:length] <= position[:, None])[:, None, None]
+            if self.spans:
+                how["spans"] = self.spans
         with self.valve.at(self.alpha[:n] if self.valve.rows else self.whole):
             logits = self.model(
                 input_ids=ids[:, None], position_ids=position[:, None], attention_mask=mask,
-                past_key_values=self.cache, use_cache=True, **({"spans": self.spans} if self.spans else {}),
+                past_key_values=self.cache, use_cache=True, **how,
             ).logits[:, -1]  # fmt: skip
         if self.sampled:
             uniform = self.uniform[:n].gather(1, count[:, None].clamp_max(self.uniform.shape[1] - 1))[:, 0]
@@ -291,17 +333,19 @@ class Batch:
         position.add_(alive)
         alive.logical_and_((token[:, None] != self.stops).all(1) & (count < self.room[:n]))
 
-    def _harvest(self) -> list[Completion]:
+    @torch.inference_mode()
+    def collect(self) -> list[Ended]:
+        """Waits for the burst; what has ended in it, whose slots are free now."""
         alive, count = self.alive[: self.rows].tolist(), self.count[: self.rows].tolist()
         ended = [i for i in range(self.rows) if self.slots[i] is not None and not alive[i]]
         if not ended:
             return []
         out = self.out[torch.tensor(ended, device=self.device)].tolist()
-        found: list[Completion] = []
+        found: list[Ended] = []
         for i, ids in zip(ended, out, strict=True):
             e = self.slots[i]
             assert e is not None
-            found.append(self.codec.completion(e, ids[: count[i]]))
+            found.append((e, ids[: count[i]]))
             self.slots[i], self.filled[i] = None, 0
         return found
 
@@ -319,9 +363,7 @@ class Batch:
             state[:rows] = state[index]
         reach = max(self.filled[i] for i in live)
         for layer in self.layers:
-            for cached in (layer.keys, layer.values):
-                assert cached is not None
-                cached[:rows, :, :reach] = cached[index, :, :reach]
+            layer.move(rows, index, reach)
         self.alive[rows:] = False
         beyond = len(self.slots) - rows
         self.slots = [self.slots[i] for i in order] + [None] * beyond
