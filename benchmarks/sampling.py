@@ -150,23 +150,27 @@ def run(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found["smoke"] = smoke(engine, args)
     bare, stock = part in BARE.values(), part.startswith("stock")
     counts = [1] if bare else [int(part.removeprefix("stock"))] if stock else [int(n) for n in args.distinct.split(",")]
-    for n in counts[: 1 if part == "generate" else None]:
-        grid = [0.0] if bare else [round(1.5 * i / n, 6) for i in range(1, n + 1)]
+    if part == "generate":
+        counts = counts[:1]
+    grids = {n: [0.0] if bare else [round(1.5 * i / n, 6) for i in range(1, n + 1)] for n in counts}
+    for grid in grids.values():
         # Compiles and captures what this workload needs, on prompts of its own.
-        list(engine.generate(requests_of(engine.valve, grid, "warm", args.batch, min(8, args.tokens))))
-        seconds, rates = list[float](), list[float]()
-        for i in range(args.rounds):
-            asked = requests_of(engine.valve, grid, str(i), args.requests, args.tokens)
-            began = time.monotonic()
-            made = list(engine.generate(asked))
-            seconds.append(time.monotonic() - began)
-            tokens = sum(completion.tokens for completion in made)
-            rates.append(tokens / seconds[-1])
-            assert len(made) == args.requests
-            assert args.natural or tokens == args.requests * args.tokens
+        list(engine.generate(requests_of(engine.valve, grid, "warm", args.requests if part == "engine" else args.batch, min(8, args.tokens))))
+    seconds, rates = ({n: list[float]() for n in counts} for _ in range(2))
+    # Round by round, and not count by count: what else a machine does would look like the cost of a count.
+    for i, (n, grid) in ((i, pair) for i in range(args.rounds) for pair in grids.items()):
+        asked = requests_of(engine.valve, grid, str(i), args.requests, args.tokens)
+        began = time.monotonic()
+        made = list(engine.generate(asked))
+        seconds[n].append(time.monotonic() - began)
+        tokens = sum(completion.tokens for completion in made)
+        rates[n].append(tokens / seconds[n][-1])
+        assert len(made) == args.requests
+        assert args.natural or tokens == args.requests * args.tokens
+    for n in counts:
         name = part if bare else f"{'stock' if stock else part}, {n} alphas"
         row = {
-            "name": name, "tokens_per_second": max(rates), "seconds": seconds,
+            "name": name, "tokens_per_second": max(rates[n]), "rates": rates[n], "seconds": seconds[n],
             "memory_gb": memory(), "start_seconds": start,
         }  # fmt: skip
         print(f"   {name}: {row['tokens_per_second']:,.0f} tokens/s", flush=True)

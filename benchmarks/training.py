@@ -12,7 +12,7 @@ own and adds one JSON line to --out as it ends. Parts:
     nodial      the same without a dial: what the alpha of each row costs
     peft        PEFT's layers under autocast, padded rows: how training ran without lean.py
     checkpoint  plain with gradient checkpointing
-    product     compiled with the LoRA products of the layers that are not compiled
+    sums        LoRA's products added by PyTorch's own rules, for the compiler to join
     trl         plain LoRA by TRL's SFTTrainer with packing, in the fastest of the settings named in TRL
     exact       gradients of one batch against PEFT in fp32, a row at a time
     reference   loss curves: plain against PEFT in fp32, a row at a time
@@ -25,6 +25,7 @@ gradient), over the measured rate. Tokens are real ones, padding is none. Warm-u
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import random
 import subprocess
@@ -35,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PARTS = ("matrix", "plain", "eager", "rows", "rows-eager", "nodial", "peft", "checkpoint", "product", "trl", "exact", "reference", "profile")
+PARTS = ("matrix", "plain", "eager", "rows", "rows-eager", "nodial", "peft", "checkpoint", "sums", "trl", "exact", "reference", "profile")
 USUAL = ("matrix", "plain", "nodial", "peft", "trl", "exact", "reference", "profile")
 WARM = 8
 """Steps that are not timed: compilation, and memory that grows."""
@@ -173,9 +174,7 @@ class Watch:
                 self.made.began = self.now()
         self.done += 1
 
-    def after(self) -> None:
-        """Call behind the last step."""
-        if self.made is not None:
+        if self.made is not None and self.done == WARM + self.steps + self.profile + 1:
             self.made.seconds = self.now() - self.made.began
             self.made.__exit__(None, None, None)
 
@@ -207,7 +206,8 @@ def train(options: argparse.Namespace, part: str, *, profile: int = 0, dtype: st
     from cotvalve.valve import Valve
 
     model = load(options, dtype)
-    rows = rows or data(options, WARM + options.steps + profile, model.config.vocab_size)
+    # One step more than is looked at: the clock stops before it, and before the last checkpoint is written.
+    rows = rows or data(options, WARM + options.steps + profile + 1, model.config.vocab_size)
     watch = Watch(options.steps, profile)
 
     class Timed(learner.ValveTrainer):
@@ -219,24 +219,27 @@ def train(options: argparse.Namespace, part: str, *, profile: int = 0, dtype: st
             watch.learned += sum(label != -100 for row in inputs["step"].rows for label in row["labels"])
             return loss
 
-    def without_dial(self: Any, x: Any) -> Any:
-        a, b = (side["default"].weight for side in (self.lora_A, self.lora_B))
-        thin = torch.nn.functional.linear(x, a.to(x.dtype))
-        return self.base_layer(x) + torch.nn.functional.linear(thin, (b * self.scaling["default"]).to(x.dtype))
+    # The same product, without the lines that turn the dial.
+    turn = ".mul_(alpha).masked_fill_(closed, 0)"
+    source = inspect.getsource(module.Product)
+    assert source.count(turn) == 2
+    scope = vars(module).copy()
+    exec("from __future__ import annotations\n" + source.replace(turn, ""), scope)
 
-    def by_product(self: Any, x: Any) -> Any:
-        base, (a, b), at = self.base_layer, (side["default"].weight for side in (self.lora_A, self.lora_B)), self.position
-        return module.Product.apply(x, base.weight, base.bias, a, b, at.alpha, at.closed, self.scaling["default"])
+    def by_sums(self: Any, x: Any) -> Any:
+        a, b = (side["default"].weight for side in (self.lora_A, self.lora_B))
+        thin = torch.where(self.position.closed, 0.0, torch.nn.functional.linear(x, a.to(x.dtype)) * self.position.alpha)
+        return self.base_layer(x) + torch.nn.functional.linear(thin.to(x.dtype), (b * self.scaling["default"]).to(x.dtype))
 
     changed: dict[str, Any] = {"ValveTrainer": Timed, "encode": lambda *_: (rows, 0), "TOKENS_AT_ONCE": options.tokens}
     if part in ("rows", "rows-eager", "peft"):
         changed["can_lie_flat"] = lambda _model: False
     if part == "peft":
         module.plain = lambda _layer: False
-    if part == "product":
-        module.LeanLinear.forward = by_product
+    if part == "sums":
+        module.LeanLinear.forward = by_sums
     if part == "nodial":
-        module.LeanLinear.forward = without_dial
+        module.Product = scope["Product"]
     for name, value in changed.items():
         setattr(training, name, value)
     settings = FitSettings(
@@ -249,9 +252,6 @@ def train(options: argparse.Namespace, part: str, *, profile: int = 0, dtype: st
     with tempfile.TemporaryDirectory() as folder:
         fit(valve, [Stage("plus", ())], settings, Path(folder), Card("base", "shorter", "plus"),
             progress=lambda *said: print(*said, file=sys.stderr, flush=True))  # fmt: skip
-    if not watch.profile and watch.done == WARM + options.steps:
-        watch.seconds, watch.counted = watch.now() - watch.warm, (watch.tokens, watch.learned)
-    watch.after()
     watch.parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     return watch
 
@@ -347,7 +347,7 @@ def exact(options: argparse.Namespace) -> dict[str, Any]:
 def reference(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of 24 steps of 16 rows: plain, and PEFT in fp32 with each row by itself; and in bf16, for the noise."""
     options.batch, options.steps = 16, 16
-    rows = data(options, WARM + 16, SHAPE["vocab_size"] if not options.small else 5000)
+    rows = data(options, WARM + 17, SHAPE["vocab_size"] if not options.small else 5000)
     how = {"rows": rows, "learning_rate": 1e-3}
     curves = {
         "plain": train(options, "plain", **how),

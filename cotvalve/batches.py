@@ -7,7 +7,7 @@ kernels need no mask), or stand one behind the other with restarting positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,26 +126,27 @@ def collate_flat(rows: Sequence[Json]) -> dict[str, Any]:
 
     `starts` [rows + 1] says where they begin, and where the last one ends; `longest` bounds their lengths.
     """
-    positions = [i for row in rows for i in row.get("position_ids", range(len(row["input_ids"])))]
-    alphas = [alpha for row in rows for alpha in _per_token(row)]
-    starts = [i for i, position in enumerate(positions) if position == 0] + [len(positions)]
-    longest = max(end - start for start, end in pairwise(starts))
-    labels = torch.tensor([[label for row in rows for label in row["labels"]]])
+    starts: list[int] = []
+    begin = 0
+    for row in rows:
+        starts += [begin + i for i, position in enumerate(row["position_ids"]) if position == 0] if "position_ids" in row else [begin]
+        begin += len(row["input_ids"])
+    starts.append(begin)
+    lengths = [end - start for start, end in pairwise(starts)]
+    labels = torch.tensor([list(chain.from_iterable(row["labels"] for row in rows))])
     labels[0, starts[:-1]] = IGNORED  # no token stands before the first one of a row
+    first = torch.tensor(starts[:-1])
+    alphas = [torch.tensor(row["alpha"]) if isinstance(row["alpha"], list) else torch.full((len(row["input_ids"]),), row["alpha"]) for row in rows]
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "input_ids": torch.tensor([list(chain.from_iterable(row["input_ids"] for row in rows))]),
         "labels": labels,
         "places": places(labels),
-        "position_ids": torch.tensor([positions]),
-        "alpha": torch.tensor([alphas]),
+        "position_ids": (torch.arange(begin) - first.repeat_interleave(torch.tensor(lengths)))[None],
+        "alpha": torch.cat(alphas)[None],
         "starts": torch.tensor(starts, dtype=torch.int32),
         # In coarse steps: every other value would be compiled anew.
-        "longest": -(-longest // COARSE) * COARSE,
+        "longest": -(-max(lengths) // COARSE) * COARSE,
     }
-
-
-def _per_token(row: Json) -> list[float]:
-    return row["alpha"] if isinstance(row["alpha"], list) else [row["alpha"]] * len(row["input_ids"])
 
 
 def places(labels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from cotvalve.batches import IGNORED, collate, collate_flat, portions
 from cotvalve.batches import places as learned_places
 from cotvalve.direction import CARD, Card
 from cotvalve.errors import EngineError
-from cotvalve.headloss import LOSS_SLICE, HeadLoss
+from cotvalve.headloss import LOSS_SLICE, HeadLoss, compiled, loss_and_slope
 from cotvalve.lean import Position
 from cotvalve.records import Json, disk, whole_files
 from cotvalve.types import Progress
@@ -35,9 +35,9 @@ from cotvalve.valve import Valve
 class Learner(nn.Module):
     """The model as the Trainer sees it: token ids and alphas in, loss out."""
 
-    def __init__(self, valve: Valve) -> None:
+    def __init__(self, valve: Valve, position: Position | None = None) -> None:
         super().__init__()
-        self.model = valve.model
+        self.model, self.position = valve.model, position
         config = valve.model.config
         scaled = ("logits_scaling", "logit_scale", "final_logit_softcapping")
         self.plain_head = not any(getattr(config, name, None) for name in scaled)
@@ -61,7 +61,8 @@ class Learner(nn.Module):
         head = self.model.get_output_embeddings()
         assert head is not None
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
-            loss: Any = HeadLoss.apply(states, targets, head.weight, head.bias)
+            slope = compiled() if self.position is not None and self.position.compiled else loss_and_slope
+            loss: Any = HeadLoss.apply(states, targets, head.weight, head.bias, slope)
             return loss / divisor
         total = states.new_zeros((), dtype=torch.float32)
         for part, wanted in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
@@ -117,7 +118,7 @@ class ValveTrainer(Trainer):
     """
 
     def __init__(self, valve: Valve, card: Card, skip: SkipBadSteps, at_once: AtOnce, position: Position, **kwargs: Any) -> None:
-        super().__init__(model=Learner(valve), data_collator=_together, callbacks=[skip], **kwargs)
+        super().__init__(model=Learner(valve, position), data_collator=_together, callbacks=[skip], **kwargs)
         skip.trainer = self
         # The library prints nothing: losses reach the user through `progress`.
         self.remove_callback(PrinterCallback)
@@ -157,7 +158,7 @@ class ValveTrainer(Trainer):
     def _learn(self, model: nn.Module, parts: Sequence[Sequence[Json]]) -> Tensor:
         device = self.args.device
         total = torch.zeros((), device=device)
-        tokens = sum(label != IGNORED for rows in parts for row in rows for label in row["labels"][1:])
+        tokens = sum(len(row["labels"]) - row["labels"].count(IGNORED) - (row["labels"][0] != IGNORED) for rows in parts for row in rows)
         for rows in parts:
             batch = {
                 name: _to(value, device) if isinstance(value, Tensor) else value

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DELTAS = "deltas.safetensors"
-CHUNK = {"cuda": 2**23, "cpu": 2**17}
-"""Values moved at a time, by device: their differences never leave its cache."""
 SPARE = 4 << 30
 """Bytes of a GPU that keeping both ends beside the model must leave free."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +126,10 @@ class TaskVector:
         return delta
 
     def at(self, name: str, alpha: float, device: torch.device | str = "cpu") -> Tensor:
-        """theta1 + alpha * (theta2 - theta1) of one tensor: theta1 itself at 0, theta2 itself at 1, else fp32."""
+        """theta1 + alpha * (theta2 - theta1) of one tensor: theta1 itself at 0, theta2 itself at 1, else fp32.
+
+        Above the middle lerp counts from theta2, the nearer end: the same value, with a smaller error.
+        """
         move = self.moves[name]
         start = self.start.read(move.start).to(device)
         if alpha == 0:
@@ -140,7 +141,10 @@ class TaskVector:
             # The rows that stay keep the base's own bits, so the two ends are joined in the wider dtype.
             wide = torch.promote_types(start.dtype, end.dtype)
             return torch.cat([end[: move.rows].to(wide), start[move.rows :].to(wide)])
-        return torch.add(_exact(start, self.start.name, name), self.delta(name, device), alpha=alpha)
+        exact = _exact(start, self.start.name, name)
+        if isinstance(self.end, Mapping) or move.rows is not None:
+            return torch.add(exact, self.delta(name, device), alpha=alpha)
+        return torch.lerp(exact, _exact(self.end.read(move.end).to(device), self.end.name, name).to(exact.dtype), alpha)
 
     def check_fits(self, model: PreTrainedModel) -> int:
         """The number of tensors that move on `model`.
@@ -266,16 +270,15 @@ class Mover:
             self._write(name, alpha, tensor)
 
     def _write(self, name: str, alpha: float, into: Tensor) -> None:
-        """`TaskVector.at` of one tensor, into the model's own: the same numbers, a chunk at a time, rounded as they are written."""
+        """`TaskVector.at` of one tensor, into the model's own."""
         vector, move = self.vector, self.vector.moves[name]
-        if alpha in (0, 1) or move.rows is not None or isinstance(vector.end, Mapping) or not into.is_contiguous():
-            into.copy_(vector.at(name, alpha, into.device))
-            return
-        start, end = (side.read(own).to(into.device).contiguous() for side, own in ((vector.start, move.start), (vector.end, move.end)))
-        size = CHUNK.get(into.device.type, CHUNK["cpu"])
-        for a, b, out in zip(*(tensor.view(-1).split(size) for tensor in (start, end, into)), strict=True):
-            exact = _exact(a, vector.start.name, name)
-            torch.add(exact, _exact(b, vector.end.name, name) - exact, alpha=alpha, out=out)
+        if alpha not in (0, 1) and move.rows is None and not isinstance(vector.end, Mapping):
+            start, end = (side.read(own).to(into.device) for side, own in ((vector.start, move.start), (vector.end, move.end)))
+            if start.dtype == end.dtype == into.dtype and into.dtype in _FLOATS:
+                # In 16 bits too lerp computes in fp32 and rounds once: the same bits, in one pass.
+                torch.lerp(start, end, alpha, out=into)
+                return
+        into.copy_(vector.at(name, alpha, into.device))
 
 
 def from_dora(folder: str | Path, base: Endpoint) -> TaskVector:

@@ -14,6 +14,7 @@ from cotvalve import Valve
 from cotvalve import lean as module
 from cotvalve.batches import IGNORED, collate, collate_flat, encode, pack, portions
 from cotvalve.direction import Card, Direction
+from cotvalve.headloss import compiled, loss_and_slope
 from cotvalve.lean import LeanLinear, Position, can_lie_flat, lean
 from cotvalve.learner import Learner
 from cotvalve.recipes import Example, Stage
@@ -231,3 +232,17 @@ def test_places_are_the_positions_before_what_is_learned() -> None:
     unasked: list[Json] = [{"input_ids": [5, 6], "labels": [5, 6], "alpha": 1.0}, {"input_ids": [7, 8], "labels": [7, 8], "alpha": 0.5}]
     assert collate(unasked)["places"].tolist() == [0, 2]
     assert collate_flat(unasked)["places"].tolist() == [0, 2], "the last token of a row does not predict the next row's first"
+
+
+def test_the_fused_loss_is_the_written_one() -> None:
+    """What a GPU compiles for its loss, compiled for the CPU: loss and gradient of large logits."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 20 * torch.randn(7, 301, generator=draw)
+    wanted = torch.randint(301, (7, 1), generator=draw)
+    (loss, slope), (fused, fused_slope) = loss_and_slope(logits.clone(), wanted), compiled()(logits.clone(), wanted)
+    assert torch.allclose(fused, loss)
+    assert torch.allclose(fused_slope, slope, atol=1e-6)
+    leaf = logits.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf, wanted[:, 0], reduction="sum").backward()
+    assert leaf.grad is not None
+    assert torch.allclose(slope, leaf.grad, atol=1e-6)
