@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DELTAS = "deltas.safetensors"
+CHUNK = {"cuda": 2**23, "cpu": 2**17}
+"""Values moved at a time where numbers change their format on the way: what lies between never leaves the cache."""
 SPARE = 4 << 30
 """Bytes of a GPU that keeping both ends beside the model must leave free."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -272,13 +274,18 @@ class Mover:
     def _write(self, name: str, alpha: float, into: Tensor) -> None:
         """`TaskVector.at` of one tensor, into the model's own."""
         vector, move = self.vector, self.vector.moves[name]
-        if alpha not in (0, 1) and move.rows is None and not isinstance(vector.end, Mapping):
-            start, end = (side.read(own).to(into.device) for side, own in ((vector.start, move.start), (vector.end, move.end)))
-            if start.dtype == end.dtype == into.dtype and into.dtype in _FLOATS:
-                # In 16 bits too lerp computes in fp32 and rounds once: the same bits, in one pass.
-                torch.lerp(start, end, alpha, out=into)
-                return
-        into.copy_(vector.at(name, alpha, into.device))
+        if alpha in (0, 1) or move.rows is not None or isinstance(vector.end, Mapping) or not into.is_contiguous():
+            into.copy_(vector.at(name, alpha, into.device))
+            return
+        start, end = (side.read(own).to(into.device).contiguous() for side, own in ((vector.start, move.start), (vector.end, move.end)))
+        if start.dtype == end.dtype == into.dtype and into.dtype in _FLOATS:
+            # In 16 bits too lerp computes in fp32 and rounds once: the same bits, in one pass.
+            torch.lerp(start, end, alpha, out=into)
+            return
+        size = CHUNK.get(into.device.type, CHUNK["cpu"])
+        for a, b, out in zip(*(tensor.view(-1).split(size) for tensor in (start, end, into)), strict=True):
+            exact = _exact(a, vector.start.name, name)
+            out.copy_(torch.lerp(exact, _exact(b, vector.end.name, name).to(exact.dtype), alpha))
 
 
 def from_dora(folder: str | Path, base: Endpoint) -> TaskVector:

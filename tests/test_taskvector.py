@@ -74,9 +74,11 @@ def test_between_the_ends_it_is_theta1_plus_alpha_delta(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_move_in_one_pass_writes_what_at_says(dtype: torch.dtype) -> None:
-    """Alphas one after the other, with ends that stay beside the model they came from."""
-    model, other = models.llama(dtype=dtype), models.moved(models.llama(dtype=dtype))
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_a_move_in_place_writes_what_at_says(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Alphas one after the other, with ends that stay beside the model they came from; chunks that end inside a row."""
+    monkeypatch.setattr("cotvalve.taskvector.CHUNK", {"cpu": 37})
+    model, other = models.llama(dtype=dtype), models.moved(models.llama(dtype=stored))
     vector = TaskVector.between(model, other, note="in memory")
     names = [vector.moves[name].start for name in vector.moves]
     state = list(model.state_dict().values())
