@@ -72,10 +72,10 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
         "data": f"{chosen_on}, {data_fingerprint(problems)[:12]}",
     }
     decisive = settings.model_dump(
-        mode="json", exclude={"out", "engine", "slots", "data_dir", "device", "tolerance", "degenerate"}
+        mode="json", exclude={"out", "engine", "gpus", "slots", "data_dir", "device", "tolerance", "degenerate"}
     )
     with Run(Path(settings.out), "calibrate", {**decisive, "fingerprint": fingerprint(home)}, facts) as at:
-        engine = pick(settings.engine, valve, settings.slots)
+        engine = pick(settings.engine, valve, settings.slots, gpus=settings.gpus)
         rows = sample_rows(at, engine, problems, requests_for(problems, settings, valve.tokenizer, alphas, paired=True), progress)
         decoding = (
             f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to "

@@ -57,12 +57,14 @@ class Sampling(ModelSettings):
     """Seed of everything random in this run."""
     engine: str = "auto"
     """auto, transformers, vllm or generate."""
+    gpus: int = 1
+    """GPUs that share each layer of a model too large for one: vLLM's tensor parallelism. The other engines use one."""
     slots: int | None = None
     """Chains decoded at once; sized from the memory when not given."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        if self.samples < 1 or self.max_new_tokens < 1:
-            raise ValueError("samples and max_new_tokens have to be 1 or more")
+        if self.samples < 1 or self.max_new_tokens < 1 or self.gpus < 1:
+            raise ValueError("samples, max_new_tokens and gpus have to be 1 or more")
         if self.temperature < 0 or not 0 <= self.top_p <= 1:
             raise ValueError("temperature has to be 0 or more, top_p between 0 and 1")
         if self.samples > 1 and self.temperature <= 0:
@@ -273,12 +275,12 @@ def run(settings: MixSettings, progress: Progress = silent) -> Path:
     problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
     valve = settings.load_valve(settings.direction or None)
     facts = {**valve.facts(), "data": f"{settings.data} train ({len(problems)} questions, {fingerprint(problems)[:12]})"}
-    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "data_dir", "device"})
+    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "gpus", "slots", "data_dir", "device"})
     with Run(Path(settings.out), "mix", decisive, facts) as at:
         alphas = settings.alphas if settings.direction else [0.0]
         work = (len(problems) * len(alphas) * settings.samples - len(at.rows)) * settings.max_new_tokens
         asked = requests_for(problems, settings, valve.tokenizer, alphas)
-        rows = sample_rows(at, pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens), problems, asked, progress)
+        rows = sample_rows(at, pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens, gpus=settings.gpus), problems, asked, progress)
         human = short_chains(problems, valve.tokenizer, thinks(valve.tokenizer)) if settings.solutions else []
         mix, report = assemble(rows, problems, settings, {m.problem.id: m.chains[0] for m in human})
         describe(mix)

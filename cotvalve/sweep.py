@@ -112,7 +112,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         "data": ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items()),
         "decoding": f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
     }  # fmt: skip
-    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "slots", "chosen_on", "data_dir", "device"})
+    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "gpus", "slots", "chosen_on", "data_dir", "device"})
     with Run(Path(settings.out), "sweep", decisive, facts) as at:
         rows: dict[tuple[str, str], list[Json]] = {}
         wanted = [0.0]  # also where no alpha 0 was asked for: everything is compared with the plain model
@@ -122,7 +122,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         # The first direction is on the model from the start: at alpha 0 it is the plain model, and vLLM starts once.
         if where := next(iter(directions.values()), None):
             valve.turn_to(load_direction(where, valve.model))
-        engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens)
+        engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens, gpus=settings.gpus)
         for name, problems in sets.items():
             rows[name, PLAIN] = sample_rows(
                 at, engine, problems, requests_for(problems, settings, valve.tokenizer, wanted, paired=True), progress, f"{name}|{PLAIN}|"
@@ -136,7 +136,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         for number, (label, where) in enumerate(directions.items()):
             if number and not valve.turn_to(load_direction(where, valve.model)):
                 del engine
-                engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens)
+                engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens, gpus=settings.gpus)
             for name, problems in sets.items():
                 asked = requests_for(problems, settings, valve.tokenizer, turned, paired=True)
                 found = sample_rows(at, engine, problems, asked, progress, f"{name}|{label}|")

@@ -18,7 +18,7 @@ from cotvalve.engines import Engine, pick, slots
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.sampling import BLOCK, Codec, invert, sample, uniforms
-from cotvalve.engines.transformers import TransformersEngine, unsupported
+from cotvalve.engines.transformers import Batch, TransformersEngine, unsupported
 from cotvalve.errors import EngineError, SettingError
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion, Request
@@ -213,6 +213,8 @@ def test_auto_takes_the_fast_engine_where_it_can() -> None:
     assert not unsupported(MistralForCausalLM(MistralConfig(sliding_window=None, **shape)))
     with pytest.raises(SettingError, match="did you mean 'transformers'"):
         pick("transformer", valve())
+    with pytest.raises(SettingError, match=r"'auto' runs on one GPU.*vllm for 2"):
+        pick("auto", valve(), gpus=2)
 
 
 def test_the_model_s_own_attention_is_put_back() -> None:
@@ -361,6 +363,24 @@ def test_running_out_of_memory_halves_the_slots_and_loses_no_row(monkeypatch: py
         run(engine("transformers", 4, turned), mixture())
 
 
+def test_out_of_memory_in_the_middle_loses_nothing_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains that ended in the burst before are handed over while the next one starts, which may fail."""
+    launch, count, noted = Batch.launch, 0, []
+
+    def failing(batch: Batch) -> None:
+        nonlocal count
+        count += 1
+        if count in (3, 6):
+            raise torch.OutOfMemoryError("out of memory")
+        launch(batch)
+
+    monkeypatch.setattr(Batch, "launch", failing)
+    found = list(engine("transformers", 14).generate(mixture(), lambda *said: noted.append(said[3])))
+    assert {c.id: c for c in found} == alone()
+    assert len(found) == len(mixture()), "none twice"
+    assert [note for note in noted if "out of memory" in note] == ["out of memory: going on with 7 slots", "out of memory: going on with 3 slots"]
+
+
 # The sampler
 
 
@@ -503,3 +523,17 @@ def test_a_norm_that_computes_otherwise_is_not_fused() -> None:
         torch.nn.init.constant_(norm.weight, 0.2)  # scales by 1.2
     with fused_norms(model) as count:
         assert count == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_kernel_of_a_gpu_computes_row_by_row(dim: int) -> None:
+    """Fewer key heads than query heads, slots that are partly filled, rows that are fewer than slots."""
+    draw, length = torch.Generator("cuda").manual_seed(0), 512
+    used = torch.tensor([1, 2, 63, 64, 65, 300, 511, 512], dtype=torch.int32, device="cuda")
+    query = torch.randn(8, 14, dim, generator=draw, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(10 * length, 2, dim, generator=draw, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    numbers = torch.arange(9, dtype=torch.int32, device="cuda")
+    ends = slots.Ends(numbers, numbers * length, used, length)
+    found, wanted = slots.read_rows(query, key, value, ends, None), by_rows(query.float(), key.float(), value.float(), ends, None)
+    assert torch.allclose(found.float(), wanted, atol=0.02)

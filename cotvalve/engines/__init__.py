@@ -40,13 +40,13 @@ class Engine(Protocol):
         ...
 
 
-def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, longest: int = 0) -> Engine:
+def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, longest: int = 0, gpus: int = 1) -> Engine:
     """The engine called `name` on `valve`; 'auto' takes the fastest one that supports the model.
 
     `batch` is the number of rows decoded at once; None sizes it from the memory. `work` is the number of new tokens
     that will be asked for at most, `longest` that of one chain: 'auto' starts vLLM, where it is installed and there is
     a GPU, for WORTH_VLLM tokens of chains so long that fewer than FEW_SLOTS of them fit the memory, or of a model that
-    our slots do not take.
+    our slots do not take. `gpus` share each layer, in vLLM only.
     """
     from cotvalve.engines.generate import GenerateEngine
     from cotvalve.engines.transformers import TransformersEngine, unsupported
@@ -54,14 +54,16 @@ def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, 
     if name not in NAMES:
         raise SettingError(unknown("engine", name, NAMES))
     large = name == "auto" and work >= WORTH_VLLM and valve.model.device.type == "cuda"
+    if gpus > 1 and name != "vllm":
+        raise SettingError(f"engine '{name}' runs on one GPU; set engine to vllm for {gpus}, or run seeds side by side, a GPU each")
     slower = large and (unsupported(valve.model) or TransformersEngine(valve).slots_that_fit(longest + PROMPT) < FEW_SLOTS)
     if name == "vllm" or slower:
         from cotvalve.engines import vllm_support
 
         if name == "vllm" or not (vllm_support.missing() or vllm_support.unsupported(valve)):
-            from cotvalve.engines.vllm import VllmEngine
+            from cotvalve.engines.vllm import Options, VllmEngine
 
-            return VllmEngine(valve, batch=batch)
+            return VllmEngine(valve, options=Options(batch=batch, tensor_parallel=gpus))
     if name == "generate" or (name == "auto" and unsupported(valve.model)):
         return GenerateEngine(valve, batch=batch)
     return TransformersEngine(valve, batch=batch)

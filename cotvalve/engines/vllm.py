@@ -98,7 +98,8 @@ class VllmEngine:
         import vllm
 
         how = "no direction" if self._direction is None else f"stock multi-LoRA, because {self.stock}" if self.stock else "dial"
-        return {"engine": f"vllm {vllm.__version__}, {how}, {self._server.batch} chains at once"}
+        shared = f", {self.options.tensor_parallel} GPUs" if self.options.tensor_parallel > 1 else ""
+        return {"engine": f"vllm {vllm.__version__}, {how}, {self._server.batch} chains at once{shared}"}
 
     def close(self) -> None:
         """Ends vLLM and gives its memory back."""
