@@ -296,6 +296,19 @@ def test_a_vllm_that_dies_loses_nothing(tiny: Valve) -> None:
 
 
 @installed
+def test_two_workers_share_each_layer(tiny: Valve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism: each has a part of A or B, and the chains are those of one."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    engine = engines.pick("vllm", tiny, 16, gpus=2)
+    assert isinstance(engine, VllmEngine)
+    asked = requests(questions(tiny, 4), (0.0, 0.4, 1.0))
+    found = by_id(engine.generate(asked))
+    engine.close()
+    assert "dial, 16 chains at once, 2 GPUs" in engine.facts()["engine"]
+    assert found == ours(tiny, asked)
+
+
+@installed
 def test_the_dial_touches_only_engines_that_ask() -> None:
     """In a fresh interpreter: the plugin is installed, and a vLLM that did not ask gets its own manager."""
     code = """
