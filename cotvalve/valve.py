@@ -122,17 +122,32 @@ class Dial:
 
         `general` is PEFT's forward, which the hooks turn: the same with gradients, seven passes as wide as the layer.
         """
-        b = weight(layer.lora_B[ADAPTER])
-        usual = not (args or kwargs or layer.disable_adapters or layer.merged) and layer.active_adapters == [ADAPTER]
-        if torch.is_grad_enabled() or not usual or b.dtype != x.dtype:
+        found = None if args or kwargs else self.parts(layer, x)
+        if found is None:
             return general(x, *args, **kwargs)
+        y, thin, b, scale = found
+        if thin is None or b is None:
+            return y
+        return y.view(-1, y.shape[-1]).addmm_(thin, b.t(), alpha=scale).view(y.shape)
+
+    def parts(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, float] | None:
+        """W x, alpha * A x [n, r], B [out, r] and s of a LoRA layer, to be added up; no A x and B where the valve is closed.
+
+        None where only PEFT's own forward will do: with gradients, or a layer that is not plain LoRA in x's dtype.
+        """
+        if type(layer) is not LoraLinear or layer not in self.inlets:
+            return None
+        b = weight(layer.lora_B[ADAPTER])
+        usual = not (layer.disable_adapters or layer.merged) and layer.active_adapters == [ADAPTER]
+        if torch.is_grad_enabled() or not usual or b.dtype != x.dtype:
+            return None
+        scale: float = layer.scaling[ADAPTER]
         if self._alpha is None:
-            return layer.base_layer(x)
+            return layer.base_layer(x), None, None, scale
         if not self._finite or layer.lora_bias[ADAPTER]:
-            return general(x)
+            return None
         y = layer.base_layer(x)
-        thin = self.inlets[layer].product(layer, x, self._scaled).view(-1, b.shape[1])
-        return y.view(-1, y.shape[-1]).addmm_(thin, b.t(), alpha=layer.scaling[ADAPTER]).view(y.shape)
+        return y, self.inlets[layer].product(layer, x, self._scaled).view(-1, b.shape[1]), b, scale
 
     def _scaled(self, thin: Tensor) -> Tensor:
         """alpha * `thin`, in its place: bf16 times the fp32 alpha in one pass."""

@@ -1,9 +1,11 @@
 """Engines: requests in, completions out; the same chains whatever shares the batch, and the sampler itself."""
 
 import math
+import os
 import random
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, pick, slots
+from cotvalve.engines import Engine, gated, pick, slots
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.sampling import BLOCK, Codec, invert, sample, uniforms
@@ -537,3 +539,59 @@ def test_the_kernel_of_a_gpu_computes_row_by_row(dim: int) -> None:
     ends = slots.Ends(numbers, numbers * length, used, length)
     found, wanted = slots.read_rows(query, key, value, ends, None), by_rows(query.float(), key.float(), value.float(), ends, None)
     assert torch.allclose(found.float(), wanted, atol=0.02)
+
+
+TRITON = pytest.mark.skipif(
+    find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
+    reason="needs Triton and a GPU, or Triton and TRITON_INTERPRET=1",
+)
+
+
+@TRITON
+@pytest.mark.parametrize("dial", [False, True], ids=["closed", "turned"])
+def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool) -> None:
+    """Rows, columns and ranks that fill no tile; both branches cut from one product, as an inlet gives them."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draw = torch.Generator().manual_seed(1)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    rows, width, rank = 37, 150, 5
+    gate, up, turned, b_gate, b_up = some(rows, 1, width), some(rows, 1, width), some(rows, 2 * rank), some(width, rank), some(width, rank)
+    sides: list[gated.Side] = [(gate, None, None, 0.5), (up, None, None, 2.0)]
+    if dial:
+        sides = [(gate, turned[:, :rank], b_gate, 0.5), (up, turned[:, rank:], b_up, 2.0)]
+    wide = [
+        (y[:, 0] if thin is None or b is None else torch.addmm(y[:, 0], thin, b.t(), alpha=scale)) for y, thin, b, scale in sides
+    ]
+    wanted = torch.nn.functional.silu(wide[0]) * wide[1]
+    found = gated.gated(*sides)[:, 0]
+    assert torch.allclose(found, wanted, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("only_attention", [False, True])
+def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only_attention: bool) -> None:
+    """The engine with the layers in the kernel's hands, the kernel's arithmetic by PyTorch; a direction without MLP too."""
+
+    def by_parts(gate: gated.Side, up: gated.Side) -> Tensor:
+        one, two = (y if t is None or b is None else y + (t @ b.t() * s).view(y.shape) for y, t, b, s in (gate, up))
+        return torch.nn.functional.silu(one) * two
+
+    factors = direction().factors
+    if only_attention:
+        factors = {name: factor for name, factor in factors.items() if ".mlp." not in name}
+    turned = Valve(models.llama(), models.tokenizer(["</think>"]), Direction(factors, Card("base")))
+    expected = run(engine("transformers", on=turned), mixture())
+    calls = 0
+
+    def counted(gate: gated.Side, up: gated.Side) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return by_parts(gate, up)
+
+    monkeypatch.setattr(gated, "gated", counted)
+    monkeypatch.setattr(gated, "available", lambda _: True)
+    assert run(engine("transformers", on=turned), mixture()) == expected
+    assert calls > 50
+    assert not any("forward" in vars(m) for name, m in turned.model.named_modules() if name.endswith("mlp"))

@@ -15,7 +15,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from cotvalve.engines import gated
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
 from cotvalve.engines.slots import ATTENTION, Ends, SlotLayer, Span, Window, reads_rows
@@ -114,12 +115,16 @@ class TransformersEngine:
 
     @contextmanager
     def fitted(self) -> Generator[None]:
-        """The model as this engine wants it: attention on slots, and fused norms on a GPU."""
+        """The model as this engine wants it: attention on slots, and on a GPU fused norms and gated layers."""
         model = self.valve.model
         before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(ATTENTION)
         try:
-            with fused_norms(model) if model.device.type == "cuda" else nullcontext():
+            with ExitStack() as stack:
+                if model.device.type == "cuda":
+                    stack.enter_context(fused_norms(model))
+                if gated.available(model):
+                    stack.enter_context(gated.gated_layers(model, self.valve.dial))
                 yield
         finally:
             model.set_attn_implementation(before or "sdpa")

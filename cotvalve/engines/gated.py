@@ -1,0 +1,95 @@
+"""silu(gate x) * (up x) with the dial inside, in one kernel: the widest tensors of a layer pass the memory once.
+
+What transformers and PEFT do one after the other, add B's product to gate and to up, take silu, multiply, reads and
+writes those tensors nine times; on a GPU that is most of what the dial costs. The roundings are theirs, so alpha 0 adds
+exact zeros here too. Only for layers that prove to be that formula, on NVIDIA cards where Triton is (it comes with torch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cotvalve.valve import Dial
+
+ROWS, COLUMNS = 32, 128
+"""Of the tile that one program computes."""
+PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+def available(model: nn.Module) -> bool:
+    """Whether the kernel can run for `model`: 16 bits on an NVIDIA card, with Triton."""
+    weight = next(model.parameters())
+    return weight.is_cuda and torch.version.cuda is not None and weight.dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
+
+
+@contextmanager
+def gated_layers(model: nn.Module, dial: Dial | None) -> Generator[int]:
+    """Layers of that formula computed by the kernel while inside; gives how many."""
+    with ExitStack() as stack:
+        yield sum(_replace(module, dial, stack) for module in model.modules())
+
+
+def _replace(module: Any, dial: Dial | None, stack: ExitStack) -> bool:
+    if not all(hasattr(module, part) for part in PARTS) or "forward" in vars(module):
+        return False
+    if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return False
+    fused = partial(_forward, module, module.forward, dial)
+    weight = next(module.gate_proj.parameters())
+    # Names are not enough (some models scale or clamp in between), and neither is one card's Triton for another's.
+    sample = torch.linspace(-2, 2, 3 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
+    for position in (nullcontext(), nullcontext() if dial is None else dial.at(1.0)):
+        with torch.no_grad(), position:
+            wanted, found = module(sample).float(), fused(sample).float()
+        if not torch.allclose(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())):
+            return False
+    module.forward = fused
+    stack.callback(vars(module).pop, "forward")
+    return True
+
+
+def _forward(module: Any, general: Callable[[Tensor], Tensor], dial: Dial | None, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return general(x)
+    sides = [_side(layer, dial, x) for layer in (module.gate_proj, module.up_proj)]
+    gate, up = sides
+    if gate is None or up is None or (gate[1] is None) != (up[1] is None):
+        return general(x)
+    return module.down_proj(gated(gate, up))
+
+
+Side = tuple[Tensor, Tensor | None, Tensor | None, float]
+"""W x [..., width]; alpha * A x [n, rank] and B [width, rank] or None where the valve is closed; and the scale of B."""
+
+
+def _side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Side | None:
+    if type(layer) is nn.Linear:
+        return layer(x), None, None, 0.0
+    return dial.parts(layer, x) if dial is not None else None
+
+
+def gated(gate: Side, up: Side) -> Tensor:
+    """silu(W_g x + s_g B_g t_g) * (W_u x + s_u B_u t_u), rounded to the tensors' dtype where PyTorch would."""
+    from cotvalve.engines.gated_kernel import gated_tile
+
+    y, width = gate[0], gate[0].shape[-1]
+    rows = y.numel() // width
+    out = torch.empty_like(y)
+    # Where the valve is closed nothing is read of the branches; the kernel wants some tensor for each.
+    turned_g, b_g, turned_u, b_u = (y if tensor is None else tensor for tensor in (gate[1], gate[2], up[1], up[2]))
+    dial = gate[1] is not None
+    ranks = [b.shape[1] if dial else 1 for b in (b_g, b_u)]
+    tiles: Any = gated_tile
+    tiles[-(-rows // ROWS), -(-width // COLUMNS)](
+        y, up[0], turned_g, b_g, turned_u, b_u, out, rows, width, turned_g.stride(0), turned_u.stride(0), gate[3], up[3], *ranks,
+        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), DIAL=dial, ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
+    return out
