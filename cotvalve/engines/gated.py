@@ -42,8 +42,10 @@ def _replace(module: Any, dial: Dial | None, stack: ExitStack) -> bool:
         return False
     if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return False
-    fused = partial(_forward, module, module.forward, dial)
-    weight = next(module.gate_proj.parameters())
+    base = getattr(module.gate_proj, "base_layer", module.gate_proj)
+    if type(base) is not nn.Linear:  # quantized, for one
+        return False
+    fused, weight = partial(_forward, module, module.forward, dial), base.weight
     # Names are not enough (some models scale or clamp in between), and neither is one card's Triton for another's.
     sample = torch.linspace(-2, 2, 3 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
     for position in (nullcontext(), nullcontext() if dial is None else dial.at(1.0)):
