@@ -80,7 +80,7 @@ class TransformersEngine:
             groups.setdefault(0.0 if self.valve.rows else e.request.alpha, []).append(e)
         for alpha in sorted(groups):
             # The lowest alphas first: they write the longest chains, and chains of one length share their steps best
-            # (a step's attention reads as far as its longest row).
+            # (without a kernel for it, attention reads as far as the longest row; and the last chains run alone).
             waiting = sorted(groups[alpha], key=lambda e: (e.request.alpha, -(len(e.ids) + e.room)))
             longest, slots = max(len(e.ids) + e.room for e in waiting), 0
             while waiting:
@@ -101,15 +101,17 @@ class TransformersEngine:
                             ended = batch.collect()
                             progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
                     waiting = []
-                except torch.OutOfMemoryError as error:
-                    for e, ids in ended:
-                        done += 1
-                        yield self._codec.completion(e, ids)
+                except torch.OutOfMemoryError:
                     waiting = batch.unfinished() if batch else waiting
+                # Outside of the handler: an error holds on to the frames, and they to their tensors.
+                for e, ids in ended:
+                    done += 1
+                    yield self._codec.completion(e, ids)
+                if waiting:
                     if slots == 1:
-                        raise EngineError("out of memory with a single chain at a time; lower max_new_tokens") from error
+                        raise EngineError("out of memory with a single chain at a time; lower max_new_tokens")
                     slots = max(1, slots // 2)
-                    del batch
+                    batch = None
                     torch.cuda.empty_cache()
                     progress("sample", done, total, f"out of memory: going on with {slots} slots")
 
