@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 
 from cotvalve.architectures import Architecture
-from cotvalve.learner import LOSS_SLICE
+from cotvalve.engines.transformers import MOST_SLOTS
+from cotvalve.headloss import LOSS_SLICE
 from cotvalve.mixchain import Sampling
 from cotvalve.train import TOKENS_AT_ONCE, TrainSettings
 
@@ -132,7 +133,7 @@ ALLOCATOR = 1.2
 
 def efficiency(model: Architecture) -> Range:
     """Share of a card's published operations that training reaches: small layers leave a large card idle."""
-    return Range(0.06, 0.25) if model.parameters < 4e9 else Range(0.2, 0.45)
+    return Range(0.15, 0.35) if model.parameters < 4e9 else Range(0.2, 0.45)
 
 
 def training_hours(model: Architecture, settings: TrainSettings, tokens: Range, length: Range, card: Card) -> Range:
@@ -162,13 +163,13 @@ def sampling_memory(model: Architecture, settings: Sampling, prompt: int, count:
     chain = model.cache() * (prompt + settings.max_new_tokens) + model.vocabulary * 16.0
     cards = math.ceil((weights + chain / 0.7) / (card.memory - RESERVED))
     free = cards * (card.memory - RESERVED) - weights
-    slots = settings.slots or min(1024, int(0.7 * free / chain))  # engines/transformers.py
+    slots = settings.slots or min(MOST_SLOTS, int(0.7 * free / chain))
     return SamplingMemory(weights, chain, max(1, min(slots, int(count))), cards)
 
 
-LAUNCH = Range(0.1e-3, 1.0e-3)
-"""Seconds a layer's kernels take beside reading memory: 1.5 billion parameters with a LoRA and 512 slots gave 12,000 to
-22,000 tokens a second on an H100 that had other work."""
+LAUNCH = Range(0.1e-3, 0.6e-3)
+"""Seconds of a step and layer beside reading memory, prompts and the processor's part included: 2,048 slots with a LoRA
+gave 52,000 tokens a second at 1.5 billion parameters and 94,000 at 0.5 on an H100 (docs/performance.md)."""
 BANDWIDTH = Range(0.3, 0.6)
 """Share of the published memory bandwidth that decoding reaches."""
 
@@ -189,7 +190,7 @@ def how() -> list[str]:
     return [
         "- Training: 4 operations per weight and token with a LoRA (forward 2, backward 2; frozen weights get no gradient), 6 in full "
         "fine-tuning, 2 more with gradient checkpointing; causal attention 6 x layers x query width x length (8 with "
-        "checkpointing). Hours = operations / (published bf16 rate x 20-45 %; 6-25 % below 4 billion parameters).",
+        "checkpointing). Hours = operations / (published bf16 rate x 20-45 %; 15-35 % below 4 billion parameters).",
         "- Sampling: a step reads the weights and every slot's keys, values and logits at 30-60 % of the published bandwidth (or "
         f"multiplies at half the published rate, if that takes longer), plus {LAUNCH.low * 1e3:g}-{LAUNCH.high * 1e3:g} ms a layer. Hours = steps x tokens / slots.",
         "- Memory in training: weights at 2 bytes (0.52 in 4 bits), 16 bytes for each learned parameter (fp32 with gradient and Adam), "
