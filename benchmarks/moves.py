@@ -48,7 +48,8 @@ def measure(base: str, other: str, count: int) -> dict[str, Any]:
     import torch
 
     from cotvalve.checkpoints import load_model, pick_device
-    from cotvalve.taskvector import Mover, TaskVector
+    from cotvalve.mover import Mover
+    from cotvalve.taskvector import TaskVector
 
     device = pick_device()
     done = torch.cuda.synchronize if device.type == "cuda" else lambda: None

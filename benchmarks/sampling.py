@@ -346,7 +346,7 @@ def engine_profile(args: argparse.Namespace, part: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
-    from cotvalve.engines.transformers import Batch
+    from cotvalve.engines.batch import Batch
 
     engine = make(part, args)
     slots = args.slots or engine.slots_that_fit(512)

@@ -27,17 +27,13 @@ from cotvalve.direction import refuse_fused
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
 from cotvalve.records import read_json
 from cotvalve.types import Toward
-from cotvalve.weights import Anatomy, Checkpoint, Held, Loaded, Weights, fingerprint
+from cotvalve.weights import Anatomy, Checkpoint, Loaded, Weights, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DELTAS = "deltas.safetensors"
-CHUNK = {"cuda": 2**23, "cpu": 2**17}
-"""Values moved at a time where numbers change their format on the way: what lies between never leaves the cache."""
-SPARE = 4 << 30
-"""Bytes of a GPU that keeping both ends beside the model must leave free."""
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Endpoint: TypeAlias = "str | Path | PreTrainedModel | Checkpoint | Loaded"
 """One end of a vector: a hub id, a folder, an embedded name, or a model in memory (`Loaded` adds its tokenizer)."""
@@ -119,8 +115,8 @@ class TaskVector:
         move = self.moves[name]
         if isinstance(self.end, Mapping):
             return self.end[name].to(device)
-        start = _exact(self.start.read(move.start).to(device), self.start.name, name)
-        end = _exact(self.end.read(move.end).to(device), self.end.name, name)
+        start = exact(self.start.read(move.start).to(device), self.start.name, name)
+        end = exact(self.end.read(move.end).to(device), self.end.name, name)
         if move.rows is None:
             return end - start
         delta = torch.zeros_like(start)
@@ -143,10 +139,12 @@ class TaskVector:
             # The rows that stay keep the base's own bits, so the two ends are joined in the wider dtype.
             wide = torch.promote_types(start.dtype, end.dtype)
             return torch.cat([end[: move.rows].to(wide), start[move.rows :].to(wide)])
-        exact = _exact(start, self.start.name, name)
+        first = exact(start, self.start.name, name)
         if isinstance(self.end, Mapping) or move.rows is not None:
-            return torch.add(exact, self.delta(name, device), alpha=alpha)
-        return torch.lerp(exact, _exact(self.end.read(move.end).to(device), self.end.name, name).to(exact.dtype), alpha)
+            return torch.add(first, self.delta(name, device), alpha=alpha)
+        last = exact(self.end.read(move.end).to(device), self.end.name, name)
+        wide = torch.promote_types(first.dtype, last.dtype)
+        return torch.lerp(first.to(wide), last.to(wide), alpha)
 
     def check_fits(self, model: PreTrainedModel) -> int:
         """The number of tensors that move on `model`.
@@ -196,6 +194,8 @@ class TaskVector:
         """
         if not math.isfinite(alpha):
             raise SettingError(f"alpha is {alpha}; expected a finite number")
+        from cotvalve.mover import Mover
+
         mover = Mover(self, model, near=False)
         mover.to(alpha)
         return len(mover.written)
@@ -237,57 +237,6 @@ class TaskVector:
         return replace(cls.between(start, end), card=card)
 
 
-class Mover:
-    """A model and the vector it is moved along: checked once, and on a GPU with both ends beside it, so that a move is
-    one pass over them and nothing is read again."""
-
-    def __init__(self, vector: TaskVector, model: PreTrainedModel, *, near: bool = True) -> None:
-        """`near` keeps both ends on the model's GPU where SPARE bytes stay free. Raises DirectionMismatch as `check_fits` does."""
-        vector.check_fits(model)
-        for name in vector.moves.keys() & Anatomy.of(model).tied.keys():
-            _untie(model, name)
-        state = model.state_dict(keep_vars=True)
-        self.written = {name: state[name] for name in vector.moves}
-        """The model's own tensors by name."""
-        near = near and model.device.type == "cuda"
-        if near:
-            bytes_moved = sum(tensor.numel() * tensor.element_size() for tensor in self.written.values())
-            near = torch.cuda.mem_get_info(model.device)[0] > SPARE + 2 * bytes_moved
-        self.vector = self._near(vector, model.device) if near else vector
-        for side in (self.vector.start, self.vector.end):
-            if isinstance(side, Loaded):
-                side.keep(self.written.values())
-
-    def _near(self, vector: TaskVector, device: torch.device) -> TaskVector:
-        written, moves = list(self.written.values()), vector.moves.values()
-        start = Held(vector.start, {move.start for move in moves}, device, written)
-        if isinstance(vector.end, Mapping):
-            return replace(vector, start=start, end={name: delta.to(device) for name, delta in vector.end.items()})
-        return replace(vector, start=start, end=Held(vector.end, {move.end for move in moves}, device, written))
-
-    @torch.no_grad()
-    def to(self, alpha: float) -> None:
-        """Writes theta1 + alpha * (theta2 - theta1) over the model."""
-        for name, tensor in self.written.items():
-            self._write(name, alpha, tensor)
-
-    def _write(self, name: str, alpha: float, into: Tensor) -> None:
-        """`TaskVector.at` of one tensor, into the model's own."""
-        vector, move = self.vector, self.vector.moves[name]
-        if alpha in (0, 1) or move.rows is not None or isinstance(vector.end, Mapping) or not into.is_contiguous():
-            into.copy_(vector.at(name, alpha, into.device))
-            return
-        start, end = (side.read(own).to(into.device).contiguous() for side, own in ((vector.start, move.start), (vector.end, move.end)))
-        if start.dtype == end.dtype == into.dtype and into.dtype in _FLOATS:
-            # In 16 bits too lerp computes in fp32 and rounds once: the same bits, in one pass.
-            torch.lerp(start, end, alpha, out=into)
-            return
-        size = CHUNK.get(into.device.type, CHUNK["cpu"])
-        for a, b, out in zip(*(tensor.view(-1).split(size) for tensor in (start, end, into)), strict=True):
-            exact = _exact(a, vector.start.name, name)
-            out.copy_(torch.lerp(exact, _exact(b, vector.end.name, name).to(exact.dtype), alpha))
-
-
 def from_dora(folder: str | Path, base: Endpoint) -> TaskVector:
     """The exact weight difference of a DoRA adapter in PEFT's format on `base` (a name or a loaded model).
 
@@ -306,7 +255,7 @@ def from_dora(folder: str | Path, base: Endpoint) -> TaskVector:
                 f"{module}: the DoRA adapter changes a weight of {list(factor.shape)}, {start.name} has "
                 f"{list(start.anatomy.shapes.get(name, ())) or 'no such module'}; give the adapter's own base"
             )
-        weight = _exact(start.read(name).cpu(), start.name, name)
+        weight = exact(start.read(name).cpu(), start.name, name)
         changed = weight + factor.delta()
         norm = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
         deltas[name] = adapter.magnitudes[module].to(weight)[:, None] / norm * changed - weight
@@ -338,15 +287,17 @@ def _own_name(anatomy: Anatomy, name: str) -> str | None:
     return name if name in anatomy.shapes else anatomy.tied.get(name)
 
 
-def _exact(tensor: Tensor, where: str, name: str) -> Tensor:
-    if tensor.dtype not in _FLOATS:
+def exact(tensor: Tensor, where: str, name: str) -> Tensor:
+    """In fp32 or better; `where` and `name` are for the DirectionMismatch of a tensor that cannot be subtracted."""
+    if tensor.dtype not in FLOATS:
         raise DirectionMismatch(
             f"{where}: {name} is stored as {tensor.dtype}, which cannot be subtracted; name an unquantized model"
         )
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _untie(model: PreTrainedModel, name: str) -> None:
+def untie(model: PreTrainedModel, name: str) -> None:
+    """Gives the output layer `name` weights of its own."""
     output = model.get_output_embeddings()
     if output is None or getattr(output, "weight", None) is not model.get_parameter(name):
         raise DirectionMismatch(

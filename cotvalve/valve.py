@@ -14,10 +14,9 @@ Outside `at` the valve is closed: the model is the base model bit for bit. Nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,60 +31,14 @@ from cotvalve import checkpoints, templates
 from cotvalve.card import BASE_SHA256, DIRECTION_SHA256, Card
 from cotvalve.direction import Direction, check_fits, load_direction, refuse_fused
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
-from cotvalve.taskvector import Mover, TaskVector
+from cotvalve.inlets import ADAPTER, Inlets, Parts, weight
+from cotvalve.mover import Mover
+from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion
 from cotvalve.weights import fingerprint
 
 if TYPE_CHECKING:
     from cotvalve.calibration import Calibration
-
-ADAPTER = "default"
-
-
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers side by side that read one and the same input, so that A x is one product for all of them."""
-JOINED = {"cuda"}
-"""Where A x is: a small product costs a GPU as much as a large one. Elsewhere the bits stay those of PEFT's own layers."""
-TAME = 2.0**40
-"""Factors of a smaller norm cannot make A x infinite in bf16 or fp32 where the base model's own W x is not."""
-
-
-def weight(side: nn.Module) -> Tensor:
-    """The weight of A or B, found without the detours that cost a small model's step a tenth of its time."""
-    return side._parameters["weight"]  # pyright: ignore
-
-
-class Inlet:
-    """A of the layers that read the same input, one below the other."""
-
-    def __init__(self, layers: Sequence[LoraLinear]) -> None:
-        self.layers = layers
-        self.down: Tensor | None = None
-        """[sum of ranks, in], or None where the layers' A cannot be one matrix."""
-        self.forget()
-
-    def read(self) -> None:
-        """Takes the layers' A as they are now."""
-        sides = [weight(layer.lora_A[ADAPTER]).detach() for layer in self.layers]
-        alike = len({(side.shape[1], side.dtype, side.device) for side in sides}) == 1
-        self.down = torch.cat(sides) if alike and len(sides) > 1 and sides[0].device.type in JOINED else None
-        ends = [0, *accumulate(len(side) for side in sides)]
-        self.places = dict(zip(self.layers, map(slice, ends, ends[1:]), strict=True))
-
-    def forget(self) -> None:
-        """Lets go of the last input."""
-        self.x = self.turned = None
-
-    def product(self, layer: LoraLinear, x: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-        """`turn` of A x for one of the layers, made with the others' when the first of them asks."""
-        if self.down is None:
-            return turn(x @ weight(layer.lora_A[ADAPTER]).t())
-        if self.x is not x or self.turned is None:
-            self.x, self.turned = x, turn(x @ self.down.t())
-        out = self.turned[..., self.places[layer]]
-        if layer is self.layers[-1]:
-            self.forget()
-        return out
 
 
 class Dial:
@@ -110,51 +63,27 @@ class Dial:
             module.lora_B[ADAPTER].register_forward_hook(self._turn)
             if type(module) is LoraLinear:
                 module.forward = partial(self._forward, module, module.forward)
-        self.inlets = inlets({name: module for name, module in self.layers.items() if type(module) is LoraLinear})
-        self.sides = [side[ADAPTER] for layer in self.layers.values() for side in (layer.lora_A, layer.lora_B)]
+        self.inlets = Inlets(self.layers)
         self._alpha: Tensor | None = None
         self._closed: Tensor | None = None
-        self._stamp: object = None
-        self._finite = self._tame = False
 
     def _forward(self, layer: LoraLinear, general: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """W x + B (alpha * s * A x) without gradients: two thin products and a multiply over r numbers a token.
-
-        `general` is PEFT's forward, which the hooks turn: the same with gradients, seven passes as wide as the layer.
-        """
-        found = None if args or kwargs else self.parts(layer, x)
-        if found is None:
+        """W x + B (alpha * s * A x) without gradients; `general` is PEFT's forward, which the hooks turn: seven wide passes."""
+        if args or kwargs or (parts := self.parts(layer, x)) is None:
             return general(x, *args, **kwargs)
-        y, thin, b, scale = found
-        if thin is None or b is None:
-            return y
-        return y.view(-1, y.shape[-1]).addmm_(thin, b.t(), alpha=scale).view(y.shape)
+        y, thin, b, scale = parts
+        return y if thin is None or b is None else y.view(-1, y.shape[-1]).addmm_(thin, b.t(), alpha=scale).view(y.shape)
 
-    def parts(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, float] | None:
-        """W x, alpha * A x [n, r], B [out, r] and s of a LoRA layer, to be added up; no A x and B where the valve is closed.
-
-        None where only PEFT's own forward will do: with gradients, or a layer that is not plain LoRA in x's dtype.
-        """
-        if type(layer) is not LoraLinear or layer not in self.inlets:
-            return None
-        b = weight(layer.lora_B[ADAPTER])
-        usual = not (layer.disable_adapters or layer.merged) and layer.active_adapters == [ADAPTER]
-        if torch.is_grad_enabled() or not usual or b.dtype != x.dtype:
-            return None
-        scale: float = layer.scaling[ADAPTER]
-        if self._alpha is None:
-            return layer.base_layer(x), None, None, scale
-        if not self._finite or layer.lora_bias[ADAPTER]:
-            return None
-        y = layer.base_layer(x)
-        return y, self.inlets[layer].product(layer, x, self._scaled).view(-1, b.shape[1]), b, scale
+    def parts(self, layer: nn.Module, x: Tensor) -> Parts | None:
+        """See `Inlets.parts`; without the branch where the valve is closed."""
+        return self.inlets.parts(layer, x, None if self._alpha is None else self._scaled)
 
     def _scaled(self, thin: Tensor) -> Tensor:
         """alpha * `thin`, in its place: bf16 times the fp32 alpha in one pass."""
         assert self._closed is not None
         thin.mul_(alpha := self._for(thin))
         # A and B are finite here, but where A x may overflow 0 * inf would be NaN.
-        return thin if self._tame and thin.dtype != torch.float16 else thin.masked_fill_(self._closed.reshape(alpha.shape), 0)
+        return thin if self.inlets.tame and thin.dtype != torch.float16 else thin.masked_fill_(self._closed.reshape(alpha.shape), 0)
 
     def _learn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         # With gradients alpha multiplies A x, which has r numbers where B A x has thousands: the same
@@ -189,46 +118,16 @@ class Dial:
     def at(self, alpha: float | Tensor) -> Generator[None]:
         """Sets the positions while inside: a number, one per row [B], or one per token [B, T]."""
         before = self._alpha, self._closed
-        device = weight(self.sides[0]).device
+        device = weight(self.inlets.sides[0]).device
         value = torch.as_tensor(alpha, dtype=torch.float32, device=device)
         self._alpha = value.reshape(1, 1, 1) if value.ndim == 0 else value[:, None, None] if value.ndim == 1 else value[..., None]
         self._closed = self._alpha == 0
         if not (self._alpha.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._look()
+            self.inlets.look()
         try:
             yield
         finally:
             self._alpha, self._closed = before
-
-    def _look(self) -> None:
-        """Takes note of the factors where they have changed: whether they are finite, and A of each inlet."""
-        for inlet in self.inlets.values():
-            inlet.forget()
-        # Read at every step of an engine that has no graph, hence in a few microseconds.
-        every = [weight(side) for side in self.sides]
-        # Tensors of inference mode do not count their changes.
-        stamp = None if any(side.is_inference() for side in every) else [(side.data_ptr(), side._version) for side in every]  # pyright: ignore[reportPrivateUsage]
-        if stamp is not None and stamp == self._stamp:
-            return
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(every)]).tolist()  # pyright: ignore[reportPrivateUsage]
-        self._stamp = stamp
-        self._finite = all(map(math.isfinite, norms))
-        self._tame = max(norms) < TAME if self._finite else False
-        for inlet in self.inlets.values():
-            inlet.read()
-
-
-def inlets(layers: Mapping[str, LoraLinear]) -> dict[LoraLinear, Inlet]:
-    """The inlet of each of `layers`, by their names in the model."""
-    found: dict[LoraLinear, Inlet] = {}
-    for name, layer in layers.items():
-        parent, _, own = name.rpartition(".")
-        together = next((names for names in SAME_INPUT if own in names), (own,))
-        beside = [layers[sibling] for n in together if (sibling := f"{parent}.{n}".lstrip(".")) in layers]
-        if layer not in found:
-            found |= dict.fromkeys(beside, Inlet(beside))
-    return found
-
 
 class Valve:
     """A model, its tokenizer and one direction, with the dial between them."""

@@ -18,9 +18,10 @@ ORDER = """
     problems.dataset problems.arithmetic_words problems.arithmetic problems.arithmetic_chains
     problems.aime problems.asdiv problems.gsm8k problems.math500 problems.jsonl problems.prm12k problems problems.unseen
     prompts
-    checkpoints templates adapters weights card direction vocabularies taskvector extraction
-    valve fusing
-    engines engines.sampling engines.slots engines.generate engines.transformers engines.live
+    checkpoints templates adapters weights card direction vocabularies taskvector mover extraction
+    inlets valve fusing
+    engines engines.sampling engines.slots engines.norms engines.gated_kernel engines.gated engines.batch engines.generate
+    engines.transformers engines.live
     engines.vllm_adapters engines.vllm_support engines.vllm_dial engines.vllm
     chains recipes mixchain
     batches headloss lean learner train

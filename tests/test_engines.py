@@ -17,11 +17,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction
 from cotvalve.engines import Engine, gated, pick, slots
+from cotvalve.engines.batch import Batch
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.sampling import BLOCK, Codec, invert, sample, uniforms
-from cotvalve.engines.transformers import Batch, TransformersEngine, unsupported
+from cotvalve.engines.transformers import TransformersEngine, unsupported
 from cotvalve.errors import EngineError, SettingError
+from cotvalve.inlets import Parts
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion, Request
 from tests import models
@@ -495,7 +497,7 @@ def by_rows(query: Tensor, key: Tensor, value: Tensor, ends: slots.Ends, scaling
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_rows_that_read_their_own_length(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """The layout for the card's kernel, with the kernel's arithmetic on a CPU: refills, and rows moved to the front."""
-    monkeypatch.setattr("cotvalve.engines.transformers.reads_rows", lambda _: True)
+    monkeypatch.setattr("cotvalve.engines.batch.reads_rows", lambda _: True)
     monkeypatch.setattr(slots, "read_rows", by_rows)
     assert run(engine("transformers", batch), mixture()) == alone()
 
@@ -559,7 +561,7 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool) -> None:
 
     rows, width, rank = 37, 150, 5
     gate, up, turned, b_gate, b_up = some(rows, 1, width), some(rows, 1, width), some(rows, 2 * rank), some(width, rank), some(width, rank)
-    sides: list[gated.Side] = [(gate, None, None, 0.5), (up, None, None, 2.0)]
+    sides: list[Parts] = [(gate, None, None, 0.5), (up, None, None, 2.0)]
     if dial:
         sides = [(gate, turned[:, :rank], b_gate, 0.5), (up, turned[:, rank:], b_up, 2.0)]
     wide = [
@@ -574,7 +576,7 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool) -> None:
 def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only_attention: bool) -> None:
     """The engine with the layers in the kernel's hands, the kernel's arithmetic by PyTorch; a direction without MLP too."""
 
-    def by_parts(gate: gated.Side, up: gated.Side) -> Tensor:
+    def by_parts(gate: Parts, up: Parts) -> Tensor:
         one, two = (y if t is None or b is None else y + (t @ b.t() * s).view(y.shape) for y, t, b, s in (gate, up))
         return torch.nn.functional.silu(one) * two
 
@@ -585,7 +587,7 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     expected = run(engine("transformers", on=turned), mixture())
     calls = 0
 
-    def counted(gate: gated.Side, up: gated.Side) -> Tensor:
+    def counted(gate: Parts, up: Parts) -> Tensor:
         nonlocal calls
         calls += 1
         return by_parts(gate, up)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cotvalve.checkpoints import load_model
 from cotvalve.direction import load_direction
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
-from cotvalve.taskvector import Mover, TaskVector, from_dora
+from cotvalve.mover import Mover
+from cotvalve.taskvector import TaskVector, from_dora
 from cotvalve.weights import Checkpoint, Held, Loaded
 from tests import models
 
@@ -77,7 +78,7 @@ def test_between_the_ends_it_is_theta1_plus_alpha_delta(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_a_move_in_place_writes_what_at_says(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: torch.dtype) -> None:
     """Alphas one after the other, with ends that stay beside the model they came from; chunks that end inside a row."""
-    monkeypatch.setattr("cotvalve.taskvector.CHUNK", {"cpu": 37})
+    monkeypatch.setattr("cotvalve.mover.CHUNK", {"cpu": 37})
     model, other = models.llama(dtype=dtype), models.moved(models.llama(dtype=stored))
     vector = TaskVector.between(model, other, note="in memory")
     names = [vector.moves[name].start for name in vector.moves]

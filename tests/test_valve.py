@@ -650,10 +650,10 @@ def test_layers_that_read_the_same_input_share_a_product(monkeypatch: pytest.Mon
         for alpha in (0.0, 0.7, [1.0, 0.0, 0.5]):
             with monkeypatch.context() as patch:
                 wanted = at(apart, alpha, rows=3)
-                patch.setattr("cotvalve.valve.JOINED", {"cpu"})
+                patch.setattr("cotvalve.inlets.JOINED", {"cpu"})
                 found = at(joined, alpha, rows=3)
             assert torch.allclose(found, wanted, **SAME)
     assert joined.dial is not None
-    inlets = {inlet for inlet in joined.dial.inlets.values() if len(inlet.layers) > 1}
+    inlets = {inlet for inlet in joined.dial.inlets.of.values() if len(inlet.layers) > 1}
     assert len(inlets) == 2 * joined.model.config.num_hidden_layers
     assert all(inlet.down is not None and inlet.x is None for inlet in inlets)

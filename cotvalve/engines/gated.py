@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cotvalve.inlets import Parts
+
 if TYPE_CHECKING:
     from cotvalve.valve import Dial
 
@@ -68,17 +70,13 @@ def _forward(module: Any, general: Callable[[Tensor], Tensor], dial: Dial | None
     return module.down_proj(gated(gate, up))
 
 
-Side = tuple[Tensor, Tensor | None, Tensor | None, float]
-"""W x [..., width]; alpha * A x [n, rank] and B [width, rank] or None where the valve is closed; and the scale of B."""
-
-
-def _side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Side | None:
+def _side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
     if type(layer) is nn.Linear:
         return layer(x), None, None, 0.0
     return dial.parts(layer, x) if dial is not None else None
 
 
-def gated(gate: Side, up: Side) -> Tensor:
+def gated(gate: Parts, up: Parts) -> Tensor:
     """silu(W_g x + s_g B_g t_g) * (W_u x + s_u B_u t_u), rounded to the tensors' dtype where PyTorch would."""
     from cotvalve.engines.gated_kernel import gated_tile
 

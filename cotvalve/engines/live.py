@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cotvalve.engines.batch import Batch
 from cotvalve.engines.sampling import Encoded
-from cotvalve.engines.transformers import Batch, TransformersEngine
+from cotvalve.engines.transformers import TransformersEngine
 from cotvalve.types import Completion
 
 if TYPE_CHECKING:

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from cotvalve.engines import gated
+from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.norms import fused_norms
-from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
-from cotvalve.engines.slots import ATTENTION, Ends, SlotLayer, Span, Window, reads_rows
+from cotvalve.engines.sampling import Codec, Encoded
+from cotvalve.engines.slots import ATTENTION
 from cotvalve.errors import EngineError
 from cotvalve.types import Completion, Progress, Request, silent
 
@@ -36,10 +34,6 @@ if TYPE_CHECKING:
 
 MOST_SLOTS = 2048
 """Chains at once on a GPU, where the memory holds so many: the more there are, the less each one waits for weights."""
-SPAN = 8
-"""Rows that read the cache together on a CPU: fewer read less past their ends, more make fewer calls."""
-
-
 def unsupported(model: PreTrainedModel) -> str:
     """Why this engine cannot run `model`, or an empty string."""
     config = model.config
@@ -147,232 +141,3 @@ class TransformersEngine:
         chain += config.vocab_size * 16
         free, _ = torch.cuda.mem_get_info(model.device)
         return max(1, min(MOST_SLOTS, int(free * 0.7 / chain)))
-
-
-Ended = tuple[Encoded, list[int]]
-"""A chain that has ended, and its token ids."""
-
-
-class Batch:
-    """The slots while one list of requests runs (in live.py: while a server does)."""
-
-    def __init__(
-        self, engine: TransformersEngine, waiting: list[Encoded], slots: int, alpha: float, context: int | None = None
-    ) -> None:
-        """`context` cache positions per slot; None: as many as `waiting` needs."""
-        self.valve, self.graphs_on = engine.valve, engine.graphs
-        self.codec = engine._codec  # pyright: ignore[reportPrivateUsage]  the engine of this module
-        self.model = engine.valve.model
-        self.device = self.model.device
-        self.cuda = self.device.type == "cuda"
-        self.grain = 256 if self.cuda else 32
-        """Cache lengths are rounded up to this, so that few graphs are captured."""
-        self.burst = 8 if self.cuda else 4
-        """Decoding steps between two looks at what has finished."""
-        self.whole = alpha
-        self.waiting = deque(waiting)
-        self.slots: list[Encoded | None] = [None] * slots
-        self.filled = [0] * slots
-        """Per slot, an upper bound of the next cache position."""
-        new = context or max(e.room for e in waiting)
-        length = self._round(context or max(len(e.ids) + e.room for e in waiting))
-        config = self.model.config
-        self.own_lengths = reads_rows(self.model)
-        """Whether each row reads as far as it reaches, and not as far as the longest one."""
-        self.window = Window(by_token=self.own_lengths)
-        self.layers = [SlotLayer(self.window, slots, length) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=[*self.layers])
-        self.length = length
-        self.ids, self.position, self.count, self.room = (
-            torch.zeros(slots, dtype=torch.long, device=self.device) for _ in range(4)
-        )
-        self.alive = torch.zeros(slots, dtype=torch.bool, device=self.device)
-        self.out = torch.zeros(slots, new, dtype=torch.long, device=self.device)
-        self.alpha, self.temperature = (torch.zeros(slots, device=self.device) for _ in range(2))
-        self.top_p = torch.ones(slots, device=self.device)
-        self.sampled = any(e.request.temperature > 0 for e in waiting)
-        self.cut = any(e.request.top_p < 1 for e in waiting)
-        self.uniform = torch.zeros(slots, new if self.sampled or context else 1, device=self.device)
-        self.stops = torch.tensor(self.codec.stops, dtype=torch.long, device=self.device)
-        self.every = torch.arange(length, device=self.device)
-        self.numbers = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
-        self.starts = self.numbers * length
-        self.graphs: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
-        self.rows = slots
-        self.spans: list[Span] | None = None
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting) or any(self.slots)
-
-    def unfinished(self) -> list[Encoded]:
-        """Everything that has not been yielded, to be run again from its prompt."""
-        return [e for e in self.slots if e is not None] + list(self.waiting)
-
-    def _round(self, length: int) -> int:
-        return -(-length // self.grain) * self.grain
-
-    def advance(self) -> list[Completion]:
-        """Admits, decodes one burst, and hands back what has finished."""
-        self.launch()
-        return [self.codec.completion(*ended) for ended in self.collect()]
-
-    @torch.inference_mode()
-    def launch(self) -> None:
-        """Admits what waits and starts one burst; on a GPU that returns long before it is done."""
-        if not self.busy:
-            return
-        self._refill()
-        steps = min(self.burst, max(e.room for e in self.slots if e is not None))
-        length = self.length
-        if not self.own_lengths:
-            length = min(length, self._round(max(self.filled[i] for i in range(self.rows) if self.slots[i]) + steps))
-        self.spans = None if self.cuda else self._spans(steps, length)
-        for _ in range(steps):
-            self._step(length)
-        for i in range(self.rows):
-            self.filled[i] += steps
-
-    def _spans(self, steps: int, length: int) -> list[Span]:
-        """How far each few rows reach in the next `steps` steps."""
-        starts = range(0, self.rows, SPAN)
-        return [
-            Span(a, min(a + SPAN, self.rows), min(length, self._round(max(self.filled[a : a + SPAN]) + steps)))
-            for a in starts
-        ]
-
-    def _refill(self) -> None:
-        free = [i for i in range(self.rows) if self.slots[i] is None]
-        if self.waiting and (len(free) >= max(1, self.rows // 8) or len(free) == self.rows):
-            self._admit(free)
-        elif not self.waiting:
-            self._compact()
-
-    def _admit(self, free: list[int]) -> None:
-        """Fills free slots. A prompt is cached but for its last token, which the next step reads."""
-        taken: list[tuple[int, Encoded]] = []
-        while free and self.waiting:
-            taken.append((free.pop(), self.waiting.popleft()))
-        taken.sort(key=lambda pair: -len(pair[1].ids))
-        index = torch.tensor([slot for slot, _ in taken], device=self.device)
-        encoded = [e for _, e in taken]
-
-        def put(name: str, values: list[Any]) -> None:
-            old: Tensor = getattr(self, name)
-            old[index] = torch.tensor(values, dtype=old.dtype, device=self.device)
-
-        put("ids", [e.ids[-1] for e in encoded])
-        put("position", [len(e.ids) - 1 for e in encoded])
-        put("room", [e.room for e in encoded])
-        put("alpha", [e.request.alpha for e in encoded])
-        put("temperature", [e.request.temperature for e in encoded])
-        put("top_p", [e.request.top_p for e in encoded])
-        self.count[index] = 0
-        self.alive[index] = True
-        for slot, e in taken:
-            self.slots[slot], self.filled[slot] = e, len(e.ids)
-            if e.request.temperature > 0:
-                self.uniform[slot, : e.room] = torch.from_numpy(uniforms(e.request)[: e.room]).to(self.device)
-        budget, start = 16384 if self.cuda else 4096, 0
-        while start < len(taken) and (width := len(encoded[start].ids) - 1) > 0:
-            stop = start + max(1, budget // width)
-            self._prefill(index[start:stop], encoded[start:stop], width)
-            start = stop
-
-    def _prefill(self, slots: Tensor, encoded: list[Encoded], width: int) -> None:
-        ids = torch.tensor([e.ids[:-1] + [0] * (width - len(e.ids) + 1) for e in encoded], device=self.device)
-        self.window.slots = slots
-        with self.valve.at(self.alpha[slots] if self.valve.rows else self.whole):
-            # Causal attention never looks right, so padding on the right needs no mask; and no logits are wanted.
-            self.model.get_decoder()(
-                input_ids=ids, position_ids=torch.arange(width, device=self.device)[None].expand(len(encoded), -1),
-                past_key_values=self.cache, use_cache=True,
-            )  # fmt: skip
-        self.window.slots = None
-
-    def _step(self, length: int) -> None:
-        if not self.graphs_on:
-            return self._decode(length)
-        key = self.rows, length, self.sampled, self.cut
-        if key in self.graphs:
-            return self.graphs[key].replay()
-        # The first step of a shape runs eagerly (it is a real step, and it warms the libraries up); the
-        # graph is captured after it, which runs nothing.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._decode(length)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            self._decode(length)
-        self.graphs[key] = graph
-
-    def _decode(self, length: int) -> None:
-        """One token for the first `rows` slots; rows that have ended stay where they are."""
-        n = self.rows
-        ids, position, count, alive = self.ids[:n], self.position[:n], self.count[:n], self.alive[:n]
-        self.window.rows, self.window.length, self.window.position = n, length, position
-        mask, how = None, dict[str, Any]()
-        if self.own_lengths:
-            self.window.position = self.starts[:n] + position
-            how["ends"] = Ends(self.numbers[: n + 1], self.starts[: n + 1], (position + 1).int(), length)
-        else:
-            mask = (self.every[:length] <= position[:, None])[:, None, None]
-            if self.spans:
-                how["spans"] = self.spans
-        with self.valve.at(self.alpha[:n] if self.valve.rows else self.whole):
-            logits = self.model(
-                input_ids=ids[:, None], position_ids=position[:, None], attention_mask=mask,
-                past_key_values=self.cache, use_cache=True, **how,
-            ).logits[:, -1]  # fmt: skip
-        if self.sampled:
-            uniform = self.uniform[:n].gather(1, count[:, None].clamp_max(self.uniform.shape[1] - 1))[:, 0]
-            token = sample(logits, uniform, self.temperature[:n], self.top_p[:n] if self.cut else None)
-        else:
-            token = logits.argmax(-1)
-        token = torch.where(alive, token, ids)
-        slot = count[:, None].clamp_max(self.out.shape[1] - 1)
-        self.out[:n].scatter_(1, slot, torch.where(alive[:, None], token[:, None], self.out[:n].gather(1, slot)))
-        ids.copy_(token)
-        count.add_(alive)
-        position.add_(alive)
-        alive.logical_and_((token[:, None] != self.stops).all(1) & (count < self.room[:n]))
-
-    @torch.inference_mode()
-    def collect(self) -> list[Ended]:
-        """Waits for the burst; what has ended in it, whose slots are free now."""
-        alive, count = self.alive[: self.rows].tolist(), self.count[: self.rows].tolist()
-        ended = [i for i in range(self.rows) if self.slots[i] is not None and not alive[i]]
-        if not ended:
-            return []
-        out = self.out[torch.tensor(ended, device=self.device)].tolist()
-        found: list[Ended] = []
-        for i, ids in zip(ended, out, strict=True):
-            e = self.slots[i]
-            assert e is not None
-            found.append((e, ids[: count[i]]))
-            self.slots[i], self.filled[i] = None, 0
-        return found
-
-    def _compact(self) -> None:
-        """With nothing left to admit, moves the live rows to the front once enough rows have ended."""
-        live = [i for i in range(self.rows) if self.slots[i] is not None]
-        rows = max(8 if self.cuda else 1, 1 << (len(live) - 1).bit_length())
-        # A new number of rows is a new graph on CUDA, so steps are larger there.
-        if rows > self.rows // (4 if self.cuda else 2):
-            return
-        order = live + [i for i in range(self.rows) if self.slots[i] is None][: rows - len(live)]
-        index = torch.tensor(order, device=self.device)
-        for name in ("ids", "position", "count", "room", "alive", "out", "alpha", "temperature", "top_p", "uniform"):
-            state: Tensor = getattr(self, name)
-            state[:rows] = state[index]
-        reach = max(self.filled[i] for i in live)
-        for layer in self.layers:
-            layer.move(rows, index, reach)
-        self.alive[rows:] = False
-        beyond = len(self.slots) - rows
-        self.slots = [self.slots[i] for i in order] + [None] * beyond
-        self.filled = [self.filled[i] for i in order] + [0] * beyond
-        self.rows = rows
