@@ -1,0 +1,39 @@
+"""benchmarks/lm_eval_check.py sorts the differences between lm-eval's grades and cotvalve's; lm-eval itself is not needed for that."""
+
+import pytest
+
+from benchmarks.lm_eval_check import KINDS, Seen, document, explain, points
+from cotvalve.grading import grade
+from cotvalve.types import Problem
+
+CASES = {
+    "mark": ("strict-match", "2", r"So \boxed{2}.", "[invalid]", False),
+    "behind": ("flexible-extract", "2", r"She needs \(\boxed{2}\) more cows for 25 liters of milk.", "25", False),
+    "no box": ("boxed", "5", "10 - 5 = 5.\nThe answer is 5.", "", False),
+    "first": ("cot strict-match", "20", "The answer is 32-12=20.\nThe answer is 20.", "32", False),
+    "spelling": ("flexible-extract", "42", r"Roy has \boxed{42.00}.", "42.00", False),
+    "cut": ("flexible-extract", "4", "He will be 40 + 2*16 = 72 inches tall.\nAdam is 4", "4", True),
+    "chance": ("flexible-extract", "3", r"It costs \boxed{0} dollars more than 1/3 pound.", "3", False),
+    "part": ("flexible-extract", "20", r"It goes every \(\boxed{\frac{1}{20}}\) days.", "20", False),
+    "part of a time": ("math_verify", "2", "So 5:00 - 2 hours 40 minutes = 2:20.\nThe answer is 2:20.", "2; 2", False),
+    "other": ("flexible-extract", "7", r"It is \boxed{7}.", "8", False),
+}
+
+
+@pytest.mark.parametrize(("kind", "case"), CASES.items())
+def test_differences_have_their_class(kind: str, case: tuple[str, str, str, str, bool]) -> None:
+    view, gold, text, read, cut = case
+    problem = Problem("gsm8k/test/0", "How many?", gold)
+    assert explain(view, Seen(text, problem, grade(problem, text, truncated=cut), read)) == kind.partition(" of")[0]
+    assert kind.partition(" of")[0] in KINDS
+
+
+def test_documents_are_rows_of_the_data_sets_of_the_tasks() -> None:
+    problem = Problem("gsm8k/test/0", "How many?", "18", solution="9 + 9 = 18")
+    assert document("gsm8k/gsm8k", problem, "x")["answer"] == "9 + 9 = 18\n#### 18"
+    assert document("aime/aime24", problem, "x")["Answer"] == "18"
+    assert document("minerva_math/minerva_math500", problem, "x")["solution"] == r"$\boxed{18}$"
+
+
+def test_a_difference_shows_its_sign() -> None:
+    assert [points(each) for each in (0.04, 1.26, -66.2)] == ["0.0", "+1.3", "\N{MINUS SIGN}66.2"]
