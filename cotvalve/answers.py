@@ -25,7 +25,7 @@ _ANSWER_IS = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"(?<!\b[ap])(?<!\b[ap]\.m)(?<!\bMr)(?<!\bM[rs]s)(?<!\bDr)\.(?=\s|$)|\n")
-_MATH_SPAN = re.compile(r"\$\$?([^$]{1,400})\$\$?|\\\(([^\n]{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
+_MATH_SPAN = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.){1,400}+)\$\$?|\\\(([^\n]{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
 
 
 def visible(text: str) -> str:
@@ -86,9 +86,11 @@ def find(text: str, kind: AnswerKind) -> Found | None:
         if value:
             return Found(value, complete=bool(match[2]))
     for match in reversed(list(_ANSWER_IS.finditer(text))[-MAX_MARKS:]):
-        value = _leading(_sentence(text[match.end() : match.end() + MAX_ANSWER]), kind, marked=False)
-        if value:
-            return Found(value, complete=False)
+        sentence = _sentence(text[match.end() : match.end() + MAX_ANSWER])
+        value = _leading(sentence, kind, marked=False)
+        # "The answer is 2:20." is an answer, if none to a question for a number: no number elsewhere is.
+        if value or (kind == "number" and any(map(str.isdigit, sentence))):
+            return Found(value or sentence, complete=False)
     value = _last(text, kind)
     return Found(value, complete=False) if value else None
 

@@ -65,6 +65,10 @@ _UNIT_LETTERS = frozenset("amgshlLJNWVKCF")
 _LEFTOVER = re.compile(r"(?:[A-Za-z]++\s?(?:\^\{?[23]\}?|[²³])?|[\s%().,;:'\"?/&\-²³])*+")
 
 
+_FULL_HOUR = re.compile(r"(\d{1,2}):00\s*+(?:[ap]\.?\s?m|o'clock)", re.IGNORECASE)
+"""A time of day that is a number too: "2:00 pm" is 2, where "2:20 pm" is none."""
+
+
 def clean(text: str) -> str:
     """`text` with the typography of LaTeX, Markdown and Unicode taken away from its numbers."""
     text = text.translate(_MINUS)
@@ -128,6 +132,8 @@ def number(text: str, *, units: bool = True) -> Number:
     if not units:
         text = _UNIT.sub(lambda unit: " " if (scale := SCALE.search(unit[0])) is None else scale[0], text)
     plain = clean(text).strip().rstrip(".").strip()
+    if units and (hour := _FULL_HOUR.fullmatch(plain)):
+        return Number(Fraction(hour[1]))
     plain = re.split(r"\\approx|≈", plain)[0] or plain
     if "=" in plain and units:
         plain = plain.rsplit("=", 1)[1]
