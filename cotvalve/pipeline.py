@@ -132,6 +132,7 @@ def read(
     home = Path(out or found.get("out") or f"runs/{found.get('name') or path.stem}")
     common = {**(found.get("common") or {}), **{k: v for k, v in (("data_dir", data_dir), ("model", model), ("seed", seed)) if v is not None}}
     folders: dict[str, Path] = {}
+    base = str(common.get("model") or "")
     steps: list[Step] = []
     for step, fields in found["steps"].items():
         if not isinstance(fields, dict) or "verb" not in fields:
@@ -147,19 +148,21 @@ def read(
         values = {**{k: v for k, v in common.items() if k in cls.model_fields}, **fields}
         folders[step] = home / step
         try:
-            settings = cls.read({**{k: _filled(v, folders, step) for k, v in values.items()}, "out": str(folders[step])})
+            settings = cls.read({**{k: _filled(v, folders, step, base) for k, v in values.items()}, "out": str(folders[step])})
         except SettingError as error:
             raise SettingError(f"{path}: step '{step}': {error}") from None
         steps.append(Step(step, verb, settings))
     return Recipe(str(found.get("name") or path.stem), str(found.get("about") or ""), home, tuple(steps), found.get("sizes") or {})
 
 
-def _filled(value: Any, folders: Mapping[str, Path], step: str) -> Any:
-    """`$name` inside text becomes that earlier step's folder."""
+def _filled(value: Any, folders: Mapping[str, Path], step: str, model: str) -> Any:
+    """`$name` inside text becomes that earlier step's folder; `$model` the model that the steps have in common."""
     if not isinstance(value, str):
         return value
 
     def folder(match: re.Match[str]) -> str:
+        if match[1] == "model" and model and "model" not in folders:
+            return model
         if match[1] == step or match[1] not in folders:
             raise SettingError(unknown("step", match[1], [name for name in folders if name != step]))
         return str(folders[match[1]])

@@ -49,15 +49,23 @@ def beta(tokens: int, shortest: int, longest: int) -> float | None:
     return 1 - (tokens - shortest) / (longest - shortest)
 
 
-def valve(mix: Sequence[MixChain], solution: int | None = None) -> list[Stage]:
+def valve(mix: Sequence[MixChain], solution: int | None = None, stages: int | None = None) -> list[Stage]:
     """CoT-Valve: the shortest chain of each question, at alpha 1 (eq. 2).
 
     `solution` takes another one: the authors' column where the data has columns, else the rank by length
-    with 0 the longest (the paper's Table 6 trains on one solution each).
+    with 0 the longest (the paper's Table 6 trains on one solution each). A question without that one is left
+    out. With `stages` none is: the chain is the one that stage `solution` of that many `progressive` stages has.
     """
     if solution is None:
         return [Stage("valve", tuple(Example(m.problem, m.chains[-1], 1.0) for m in mix if m.chains))]
     columns = _columns(mix)
+    if stages is not None:
+        if columns:
+            known = ", ".join(map(str, columns))
+            raise SettingError(f"stages spreads ranks, but the data has solutions {known}; leave it out")
+        if not 0 <= solution < stages or stages < 2:
+            raise SettingError(f"solution is {solution} of {stages} stages; expected 0 to stages - 1, of 2 stages or more")
+        return [_ranked(mix, solution, stages)]
     found = [
         Example(m.problem, chain, 1.0)
         for m in mix
@@ -110,19 +118,19 @@ def progressive(mix: Sequence[MixChain], stages: int | None = None) -> list[Stag
     count = stages or max((len(m.chains) for m in mix), default=0)
     if count < 2:
         raise DataError("progressive compression needs questions with two chains or more; run `mix` with more alphas")
-    return [
-        Stage(
-            f"stage-{k + 1}-of-{count}",
-            tuple(Example(m.problem, m.chains[_rank(k, count, len(m.chains))], 1.0) for m in mix if m.chains),
-        )
-        for k in range(count)
-    ]
+    return [_ranked(mix, k, count) for k in range(count)]
 
 
 def _columns(mix: Sequence[MixChain]) -> list[int]:
     """The authors' columns, the longest (4) first; empty when a chain has none, as in data made by `mix`."""
     found = {chain.solution for m in mix for chain in m.chains}
     return [] if None in found else sorted((k for k in found if k is not None), reverse=True)
+
+
+def _ranked(mix: Sequence[MixChain], stage: int, stages: int) -> Stage:
+    """One chain of every question: the longest in stage 0, the shortest in the last, evenly between."""
+    chosen = (Example(m.problem, m.chains[_rank(stage, stages, len(m.chains))], 1.0) for m in mix if m.chains)
+    return Stage(f"stage-{stage + 1}-of-{stages}", tuple(chosen))
 
 
 def _rank(stage: int, stages: int, chains: int) -> int:

@@ -33,6 +33,11 @@ def loops(text: str) -> bool:
     words = [found.group() for found in _WORDS.finditer(text)]
     if any(len(word) > LONGEST_WORD for word in words):
         return True
+    # Most texts end here. Copies that fill n words with a period of n / 4 or less have at least n - 3 - n / 4 runs of
+    # four words that stood there before.
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    if len(runs) - len(set(runs)) < FEWEST - 3 - FEWEST // COPIES:
+        return False
     number: dict[str, int] = {}
     ids = np.array([number.setdefault(word, len(number)) for word in words], dtype=np.int64)
     for period in range(1, min(LONGEST_PERIOD, len(ids) // COPIES) + 1):

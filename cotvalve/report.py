@@ -102,7 +102,7 @@ def html(data: ReportData) -> str:
             )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        alpha=alpha_label, number=_number, signed=_signed, p=_p, span=_span, slug=_slug, change=_change
+        alpha=alpha_label, number=number, signed=signed, p=_p, span=span, slug=_slug, change=_change
     )
     template = environment.from_string((files("cotvalve") / "assets" / "report.html.j2").read_text(encoding="utf-8"))
     colours = figures.palette(data.points)
@@ -141,18 +141,18 @@ def markdown_table(points: Sequence[Point]) -> str:
         "data set": lambda p: p.dataset,
         "system": lambda p: p.system,
         "alpha": lambda p: alpha_label(p.alpha),
-        "accuracy %": lambda p: f"{_number(p.accuracy)} [{_span(p.accuracy_ci)}]",
-        "mean tokens": lambda p: f"{_number(p.tokens_mean)} [{_span(p.tokens_mean_ci)}]",
-        "median": lambda p: f"{_number(p.tokens_median, 0)} [{_span(p.tokens_median_ci, 0)}]",
-        "reasoning + answer": lambda p: f"{_number(p.reasoning_tokens, 0)} + {_number(p.answer_tokens, 0)}",
+        "accuracy %": lambda p: f"{number(p.accuracy)} [{span(p.accuracy_ci)}]",
+        "mean tokens": lambda p: f"{number(p.tokens_mean)} [{span(p.tokens_mean_ci)}]",
+        "median": lambda p: f"{number(p.tokens_median, 0)} [{span(p.tokens_median_ci, 0)}]",
+        "reasoning + answer": lambda p: f"{number(p.reasoning_tokens, 0)} + {number(p.answer_tokens, 0)}",
         "truncated": lambda p: str(p.truncated),
         "unreadable": lambda p: str(p.unreadable),
-        "ACU": lambda p: _number(p.acu, 2),
+        "ACU": lambda p: number(p.acu, 2),
         "problems": lambda p: str(p.problems) + (f" x {p.samples}" if p.samples > 1 else ""),
     }
     if not several:
         del columns["data set"]
-    return _table(columns, points, words=2 if several else 1)
+    return table(columns, points, words=2 if several else 1)
 
 
 def markdown_paired(pairs: Sequence[Paired]) -> str:
@@ -160,8 +160,8 @@ def markdown_paired(pairs: Sequence[Paired]) -> str:
     columns: dict[str, Callable[[Paired], str]] = {
         "compared": lambda q: f"{q.a} against {q.b}",
         "accuracy, points": lambda q: (
-            f"{_signed(q.accuracy_difference)} "
-            f"[{_signed(q.accuracy_difference_ci.low)} to {_signed(q.accuracy_difference_ci.high)}]"
+            f"{signed(q.accuracy_difference)} "
+            f"[{signed(q.accuracy_difference_ci.low)} to {signed(q.accuracy_difference_ci.high)}]"
         ),
         "p (bootstrap)": lambda q: _p(q.accuracy_p),
         "only one right": lambda q: DASH if q.only_a is None else f"{q.only_a} : {q.only_b}",
@@ -172,7 +172,7 @@ def markdown_paired(pairs: Sequence[Paired]) -> str:
         "p (tokens)": lambda q: _p(q.token_p),
         "problems": lambda q: str(q.problems),
     }
-    return _table(columns, pairs, words=1)
+    return table(columns, pairs, words=1)
 
 
 def markdown_lengths(lengths: Sequence[ChainLengths]) -> str:
@@ -180,10 +180,10 @@ def markdown_lengths(lengths: Sequence[ChainLengths]) -> str:
     columns: dict[str, Callable[[ChainLengths], str]] = {
         "chains": lambda row: row.chains_of,
         "index": lambda row: row.index,
-        "samples": lambda row: _number(row.samples, 0),
-        "mean tokens": lambda row: _number(row.tokens_mean),
+        "samples": lambda row: number(row.samples, 0),
+        "mean tokens": lambda row: number(row.tokens_mean),
     }
-    return _table(columns, lengths, words=2)
+    return table(columns, lengths, words=2)
 
 
 def by_dataset(points: Sequence[Point]) -> dict[str, list[Point]]:
@@ -258,7 +258,8 @@ def _dial(system: str, points: list[Point]) -> dict[str, Any]:
     }
 
 
-def _table(columns: dict[str, Callable[[Item], str]], items: Sequence[Item], words: int) -> str:
+def table(columns: dict[str, Callable[[Item], str]], items: Sequence[Item], words: int) -> str:
+    """Items as a Markdown table with a column for each function; the first `words` columns are aligned left."""
     rules = [":--" if index < words else "--:" for index in range(len(columns))]
     lines = [list(columns), rules]
     lines += [[cell(item).replace("|", "\\|").replace("\n", " ") for cell in columns.values()] for item in items]
@@ -269,21 +270,24 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
 
 
-def _number(value: float, digits: int = 1) -> str:
+def number(value: float, digits: int = 1) -> str:
+    """A number as tables show it: thin spaces between thousands, a real minus."""
     return f"{value:,.{digits}f}".replace("-", MINUS).replace(",", "\u202f")
 
 
-def _signed(value: float, digits: int = 1) -> str:
-    return ("+" if round(value, digits) > 0 else "") + _number(round(value, digits) + 0.0, digits)
+def signed(value: float, digits: int = 1) -> str:
+    """A difference: with its sign unless it rounds to 0."""
+    return ("+" if round(value, digits) > 0 else "") + number(round(value, digits) + 0.0, digits)
 
 
-def _span(interval: Interval, digits: int = 1) -> str:
-    return f"{_number(interval.low, digits)}{DASH}{_number(interval.high, digits)}"
+def span(interval: Interval, digits: int = 1) -> str:
+    """Both ends of an interval."""
+    return f"{number(interval.low, digits)}{DASH}{number(interval.high, digits)}"
 
 
 def _change(ratio: float) -> str:
     """A ratio as a change in percent: 0.6 is 40 % less."""
-    return f"{_signed(100 * (ratio - 1), 0)} %"
+    return f"{signed(100 * (ratio - 1), 0)} %"
 
 
 def _p(value: float) -> str:

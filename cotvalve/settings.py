@@ -67,6 +67,8 @@ def _numbers(value: Any) -> Any:
         numbers.append(number)
     if not numbers:
         raise ValueError("no alpha was given; write alphas like 0,0.25,0.5,1")
+    if twice := [number for i, number in enumerate(numbers) if number in numbers[:i]]:
+        raise ValueError(f"alpha {twice[0]:g} is given twice")
     return tuple(numbers)
 
 

@@ -268,7 +268,7 @@ class TrainSettings(ModelSettings, FitSettings):
     thinking: Literal["auto", "yes", "no"] = "auto"
     """Whether human-written solutions are put into a thinking block; auto asks the chat template."""
     stages: int | None = None
-    """Progressive: number of stages; by default the largest number of chains of a question."""
+    """Progressive: number of stages; by default the largest number of chains of a question. Valve: solution is one of so many."""
     solution: int | None = None
     """Valve: train on this solution instead of the shortest chain (the authors' column, else the rank from the longest, 0)."""
     toward: Toward = "shorter"
@@ -301,7 +301,7 @@ def run(settings: TrainSettings, progress: Progress = silent) -> Path:
     if settings.recipe == "progressive":
         stages = recipes.progressive(mix, settings.stages)
     elif settings.recipe == "valve":
-        stages = recipes.valve(mix, settings.solution)
+        stages = recipes.valve(mix, settings.solution, settings.stages)
     else:
         stages = recipes.plus(mix)
     facts = {**valve.facts(), "data": f"{settings.data} ({len(problems)} questions, {fingerprint(problems)[:12]})"}

@@ -229,6 +229,16 @@ def test_loops(text: str, looping: bool) -> None:
     assert loops(text) is looping
 
 
+@pytest.mark.parametrize("period", [*range(1, 20), 40, 250])
+def test_a_loop_begins_at_four_copies_and_sixty_words(period: int) -> None:
+    """To the word, whatever the period: most texts are let go before any period is tried."""
+    enough = max(4 * period, 60)
+    before, after = (" ".join(f"{side}{i}" for i in range(30)) for side in "xy")
+    for words, looping in ((enough, True), (enough - 1, False)):
+        copies = " ".join(f"w{i % period}" for i in range(words))
+        assert loops(f"{before} {copies} {after}") is looping
+
+
 # The file
 
 

@@ -83,6 +83,20 @@ def test_references_become_folders_by_their_whole_name(tmp_path: Path) -> None:
     assert sweep.out == "runs/here/sweep"
 
 
+def test_model_is_that_of_common_or_the_one_given_instead(tmp_path: Path) -> None:
+    """`base` of an extract is no `model`, so --model alone would leave the recipe's own base in its place."""
+    pair = "  pair: {verb: extract, base: $model, reasoner: $valve}\n"
+    for given, base in ((None, "some/model"), ("third/model", "third/model")):
+        found = read(tmp_path, GOOD + pair, **({"model": given} if given else {}))["pair"]
+        assert isinstance(found, ExtractSettings)
+        assert (found.base, found.reasoner) == (base, "runs/mine/valve")
+    # A step of that name goes first, and without a model in common there is none.
+    named = read(tmp_path, GOOD.replace("valve: {verb: train", "model: {verb: train").replace("$valve", "$model") + "  pair: {verb: extract, base: $model, reasoner: $mix}\n")
+    assert isinstance(named["pair"], ExtractSettings)
+    assert named["pair"].base == "runs/mine/model"
+    assert "unknown step 'model'" in refused(tmp_path, "steps: {pair: {verb: extract, base: $model, reasoner: b}}")
+
+
 def test_arguments_replace_the_recipe_s_own(tmp_path: Path) -> None:
     assert pipeline.read(write(tmp_path, GOOD)).out == Path("runs/mine")
     steps = read(tmp_path, model="third/model", data_dir="sets", out="elsewhere")

@@ -67,6 +67,22 @@ def test_valve_on_one_solution_is_the_authors_column_where_there_are_columns_and
     assert lengths(recipes.valve(ours, solution=2)[0]) == [("q0", 311)]
 
 
+def test_one_solution_of_so_many_is_progressive_s_stage_and_has_every_question() -> None:
+    """Table 6 and 7 on data without columns: by rank alone, solution 4 would be there for one question of three."""
+    ours = mix((9, 8, 7, 6, 5, 4, 3), (50, 40), (30, 20, 10))
+    stages = recipes.progressive(ours, stages=5)
+    assert [recipes.valve(ours, solution=k, stages=5) for k in range(5)] == [[stage] for stage in stages]
+    # Ranks 0, 1.5, 3, 4.5, 6 of seven chains, rounded to even; the ends are the longest and the shortest.
+    assert [recipes.valve(ours, k, 5)[0].examples[0].chain.tokens for k in range(5)] == [9, 7, 6, 5, 3]
+    assert lengths(recipes.valve(ours, 4, 5)[0]) == [("q0", 3), ("q1", 40), ("q2", 10)]
+    assert len(recipes.valve(ours, solution=4)[0].examples) == 1
+    for solution, count in ((5, 5), (-1, 5), (0, 1)):
+        with pytest.raises(SettingError, match=f"solution is {solution} of {count} stages"):
+            recipes.valve(ours, solution, count)
+    with pytest.raises(SettingError, match="stages spreads ranks, but the data has solutions 2, 1, 0"):
+        recipes.valve(mix((3, 2, 1), columns=True), 0, 3)
+
+
 def test_a_human_chain_among_sampled_ones_is_not_a_column() -> None:
     """`mix --solutions` marks the human chain as solution 0; solution=0 then took two chains of a question."""
     (question,) = mix((300, 200, 100))

@@ -59,6 +59,7 @@ def test_alphas_in_any_spelling(given: object, expected: tuple[float, ...]) -> N
         ("inf", "'inf' is not a finite number"),
         ([0.5, None], "'None' is not a number"),
         ("", "no alpha was given"),
+        ("0,1,1.0", "alpha 1 is given twice"),
         (" , ", "no alpha was given"),
         ([], "no alpha was given"),
     ],

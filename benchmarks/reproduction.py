@@ -1,0 +1,345 @@
+"""The tables of the reproduction, from the run folders of recipes/reproduction/ for one or several seeds.
+
+    for seed in 0 1 2; do cotvalve run recipes/reproduction/main.yaml --out runs/reproduction/$seed --seed $seed; done
+    python benchmarks/reproduction.py runs/reproduction/*                          # every table that is there
+    python benchmarks/reproduction.py runs/reproduction/* --table main             # Tables 1, 4, 8, 12 and the dial
+    python benchmarks/reproduction.py runs/reproduction/* --table table7 --against "solution 0 directly"
+
+A folder is one seed. In it every finished sweep counts, by the first word of its step's name (table7-heldout,
+table7-gsm8k). A sweep of held-out training questions chooses positions, the others are reported: what was measured
+on a test set has no say in which position is shown.
+
+Intervals are 95 %. With one seed they are those of cotvalve.statistics, over questions. With several, questions and
+seeds are both drawn anew, the same questions in every seed (Owen 2007). Three seeds say little about how seeds vary:
+such an interval is a lower bound, so every seed's own accuracy stands beside it.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from cotvalve.baselines import PLAIN, PROMPTED
+from cotvalve.errors import CotvalveError, DataError, SettingError, unknown
+from cotvalve.figures import DASH, alpha_label
+from cotvalve.problems import HELD_OUT
+from cotvalve.records import Json, read_json, read_parquet
+from cotvalve.repetition import loops
+from cotvalve.report import number, signed, span, table
+from cotvalve.resampling import Floats, answers, interval, resamples
+from cotvalve.statistics import Paired, paired, point, spearman, travel
+from cotvalve.types import Interval, Point
+
+Seeds = dict[str, list[Json]]
+"""Rows of one system at one position, by run folder."""
+Dial = dict[float | None, Seeds]
+"""One system's positions; the plain model and the prompts have only None."""
+
+
+@dataclass
+class Measured:
+    """All that was measured for one table on one data set."""
+
+    systems: dict[str, Dial] = field(default_factory=dict[str, Dial])
+    models: dict[str, str] = field(default_factory=dict[str, str])
+    """By run folder."""
+    billions: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of a table."""
+
+    label: str
+    point: Point
+    pair: Paired | None
+    """Against the plain model, or the system that --against names."""
+    by_seed: tuple[float, ...]
+    """Accuracy of each seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """How tokens change along one dial, or the part of it up to alpha 1."""
+
+    system: str
+    alphas: list[float]
+    tokens: list[float]
+    by_seed: list[list[float]]
+
+    def falls(self) -> str:
+        """Whether every position is shorter than the one before: all seeds together, and each alone."""
+        strict = [all(after < before for before, after in pairwise(tokens)) for tokens in (self.tokens, *self.by_seed)]
+        return f"{'yes' if strict[0] else 'no'} ({sum(strict[1:])} of {len(strict) - 1} seeds)"
+
+
+def read(folders: Sequence[Path]) -> dict[tuple[str, str, bool], Measured]:
+    """What was measured, by table, data set and whether its questions were held out; seeds are called by their folders."""
+    found: dict[tuple[str, str, bool], Measured] = {}
+    for folder in folders:
+        for step in sorted(path.parent for path in folder.glob("*/run.json")):
+            run = read_json(step / "run.json")
+            if run["verb"] != "sweep":
+                continue
+            if not (step / "rows.parquet").exists():
+                print(f"{step}: not finished, left out", file=sys.stderr)
+                continue
+            settings, rows = run["settings"], read_parquet(step / "rows.parquet")
+            fresh: dict[tuple[str, str, float | None], list[Json]] = {}
+            for row in rows:
+                if row["system"] == PLAIN:
+                    row["alpha"] = None
+                fresh.setdefault((row["dataset"], row["system"], row["alpha"]), []).append(row)
+            for (dataset, system, alpha), own in fresh.items():
+                here = found.setdefault((step.name.partition("-")[0], dataset, settings["split"] == HELD_OUT), Measured())
+                if here.models.setdefault(str(folder), settings["model"]) != settings["model"]:
+                    raise DataError(f"{step}: measures {settings['model']}, but its table has {here.models[str(folder)]}; call the step otherwise")
+                here.billions = float(run["facts"]["billions"])
+                # Two sweeps of one table may both have the plain model: the same chains when they are greedy.
+                here.systems.setdefault(system, {}).setdefault(alpha, {}).setdefault(str(folder), own)
+    if not found:
+        raise DataError(f"{', '.join(map(str, folders))}: no finished sweep in it; name the --out of `cotvalve run recipes/reproduction/...`")
+    return found
+
+
+def pooled(seeds: Seeds) -> list[Json]:
+    """The rows of all seeds as samples of the same questions."""
+    return [{**row, "sample": (seed, row["sample"])} for seed, rows in seeds.items() for row in rows]
+
+
+def drawn(sides: Sequence[Seeds], draws: int) -> tuple[Floats, Floats]:
+    """Accuracy and mean tokens [side, draw] of each side in draws over questions and seeds that are the same for all sides.
+
+    A draw takes as many questions, and as many of the seeds that all sides have, as there are: both with replacement.
+    """
+    common = [seed for seed in sides[0] if all(seed in side for side in sides)]
+    tables = [[answers(side[seed], seed) for seed in common] for side in sides]
+    if len({each.problems for side in tables for each in side}) != 1:
+        raise DataError(f"{', '.join(sides[0])}: hold different questions or no common seed; give every seed the same --data and limit")
+    stacked = [np.stack([[t.right_P_S.mean(1), t.tokens_P_S.sum(1), t.ran_P_S.sum(1)] for t in side], -1) for side in tables]
+    generator, seeds = np.random.default_rng(0), len(common)
+    accuracies: list[Floats] = []
+    lengths: list[Floats] = []
+    for counts in resamples(stacked[0].shape[1], 0, draws):
+        weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), len(counts)) / seeds
+        # [side, right | tokens | ran, draw]
+        sums = np.array([[(counts @ values * weights).sum(1) for values in side] for side in stacked])
+        accuracies.append(100 * sums[:, 0] / counts.shape[1])
+        lengths.append(sums[:, 1] / sums[:, 2])
+    return np.concatenate(accuracies, 1), np.concatenate(lengths, 1)
+
+
+def line(label: str, system: str, alpha: float | None, here: Measured, dataset: str, draws: int, against: str | None = None) -> Line:
+    """One system at one position, and against another system on the same seeds (its alpha 1 where it has a dial)."""
+    seeds = here.systems[system][alpha]
+    other = here.systems[against] if against else {}
+    other = other.get(None) or other.get(1.0) or {}
+    base = {seed: other[seed] for seed in seeds if seed in other}
+    made = point(system, dataset, alpha, pooled(seeds), here.billions, draws=draws)
+    each = tuple(float(100 * answers(rows, seed).right_P_S.mean()) for seed, rows in seeds.items())
+    pair = None
+    if against and len(base) == len(seeds) and base != seeds:
+        pair = paired(pooled(seeds), pooled(base), dataset=dataset, a=system, b=against, draws=draws)
+    if len(seeds) > 1:
+        accuracy, tokens = drawn([seeds, base] if pair else [seeds], draws)
+        made = replace(
+            made, accuracy_ci=interval(accuracy[0], made.accuracy), tokens_mean_ci=interval(tokens[0], made.tokens_mean)
+        )
+        if pair:
+            ends = interval(np.log(tokens[0] / tokens[1]), math.log(pair.token_ratio))
+            pair = replace(
+                pair, accuracy_difference_ci=interval(accuracy[0] - accuracy[1], pair.accuracy_difference),
+                token_ratio_ci=Interval(math.exp(ends.low), math.exp(ends.high)),
+            )  # fmt: skip
+    return Line(label, made, pair, each)
+
+
+def rough(system: str, alpha: float | None, seeds: Seeds) -> Point:
+    """Accuracy and tokens without their intervals, to choose by."""
+    return point(system, "", alpha, pooled(seeds), 1.0, draws=1)
+
+
+def choose(held: Measured, system: str, loss: float) -> dict[str, float | None]:
+    """Positions of `system` chosen on held-out questions, by the rule that chose them.
+
+    "no loss": the fewest tokens among those whose accuracy is at most `loss` points below the plain model's (alpha 0
+    is always one of them); "most accurate", of equal ones the shortest; "shortest": the fewest tokens of all.
+    """
+    plain = rough(PLAIN, None, held.systems[PLAIN][None])
+    dial = [rough(system, alpha, seeds) for alpha, seeds in held.systems[system].items()]
+    safe = [p for p in dial if p.accuracy >= plain.accuracy - loss - 1e-9]
+
+    def tokens(p: Point) -> float:
+        return p.tokens_mean
+
+    rules = {f"no loss (within {loss:g})": min(safe, key=tokens).alpha} if safe else {}
+    return {**rules, "most accurate": min(dial, key=lambda p: (-p.accuracy, tokens(p))).alpha, "shortest": min(dial, key=tokens).alpha}
+
+
+def lines_table(lines: Sequence[Line], against: str) -> str:
+    """Systems at their positions, with what they lose and gain."""
+
+    def pair(show: Callable[[Paired], str]) -> Callable[[Line], str]:
+        return lambda row: show(row.pair) if row.pair else DASH
+
+    columns: dict[str, Callable[[Line], str]] = {
+        "system": lambda row: row.point.system,
+        "position": lambda row: row.label,
+        "alpha": lambda row: alpha_label(row.point.alpha),
+        "accuracy %": lambda row: f"{number(row.point.accuracy)} [{span(row.point.accuracy_ci)}]",
+        "mean tokens": lambda row: f"{number(row.point.tokens_mean)} [{span(row.point.tokens_mean_ci)}]",
+        "ACU": lambda row: number(row.point.acu, 2),
+        f"against {against}, points": pair(
+            lambda q: f"{signed(q.accuracy_difference)} [{signed(q.accuracy_difference_ci.low)} to {signed(q.accuracy_difference_ci.high)}]"
+        ),
+        "times shorter": pair(
+            lambda q: f"{number(1 / q.token_ratio, 2)} [{span(Interval(1 / q.token_ratio_ci.high, 1 / q.token_ratio_ci.low), 2)}]"
+        ),
+        "each seed": lambda row: ", ".join(number(accuracy) for accuracy in row.by_seed),
+    }
+    return table(columns, lines, words=2)
+
+
+def systems_tables(here: Measured, held: Measured | None, dataset: str, against: str, loss: float, draws: int) -> list[str]:
+    """The main table (as trained, and as chosen on held-out questions) and the shortest reachable (Table 8)."""
+    main = [line("", PLAIN, None, here, dataset, draws, against)]
+    shortest: list[Line] = []
+    prompts: list[tuple[float, Line]] = []
+    for system, dial in here.systems.items():
+        if system == PLAIN:
+            continue
+        chosen = choose(held, system, loss) if held and system in held.systems else {}
+        if system.startswith(PROMPTED):
+            main.append(line("", system, None, here, dataset, draws, against))
+            if held and chosen:
+                prompts.append((rough(system, None, held.systems[system][None]).tokens_mean, main[-1]))
+            continue
+        labels: dict[float | None, list[str]] = {1.0: ["as trained"]} if 1.0 in dial else {}
+        for rule, alpha in chosen.items():
+            labels.setdefault(alpha, []).append(rule)
+        made = [line(", ".join(rules), system, alpha, here, dataset, draws, against) for alpha, rules in labels.items() if alpha in dial]
+        main += made
+        shortest += [replace(each, label="shortest") for each in made if each.point.alpha == chosen.get("shortest")]
+    parts = [lines_table(main, against)]
+    if prompts:
+        shortest = [replace(min(prompts, key=lambda prompt: prompt[0])[1], label="shortest prompt"), *shortest]
+    if shortest:
+        parts += ["Shortest reachable (Table 8), chosen on the held-out questions:", lines_table(shortest, against)]
+    return parts
+
+
+def dial_tables(here: Measured, dataset: str, against: str, draws: int) -> list[str]:
+    """Accuracy and tokens at every position, how evenly each dial travels, and all systems against one dial (the first, or --against) at its length."""
+    dials = {name: dial for name, dial in here.systems.items() if None not in dial and len(dial) > 2}
+    if not dials:
+        return []
+    rows = [line("", name, alpha, here, dataset, draws) for name, dial in dials.items() for alpha in sorted(dial, key=lambda a: a or 0.0)]
+
+    def share(row: Line, bad: Callable[[Json], bool]) -> str:
+        found = [bad(each) for rows in here.systems[row.point.system][row.point.alpha].values() for each in rows]
+        return number(100 * sum(found) / len(found))
+
+    columns: dict[str, Callable[[Line], str]] = {
+        "system": lambda row: row.point.system,
+        "alpha": lambda row: alpha_label(row.point.alpha),
+        "accuracy %": lambda row: f"{number(row.point.accuracy)} [{span(row.point.accuracy_ci)}]",
+        "mean tokens": lambda row: f"{number(row.point.tokens_mean)} [{span(row.point.tokens_mean_ci)}]",
+        "truncated %": lambda row: share(row, lambda each: each["finish"] == "length"),
+        "degenerate %": lambda row: share(row, lambda each: each["finish"] == "length" or loops(each["text"])),
+    }
+    travels: list[Travel] = []
+    for name, dial in dials.items():
+        for last in sorted({1.0, max(alpha or 0.0 for alpha in dial)}):
+            used = sorted(alpha for alpha in dial if alpha is not None and 0 <= alpha <= last)
+            if len(used) > 2 and used[-1] == last:
+                seeds = [seed for seed in dial[last] if all(seed in dial[alpha] for alpha in used)]
+                by_seed = [[rough(name, alpha, {seed: dial[alpha][seed]}).tokens_mean for alpha in used] for seed in seeds]
+                travels.append(Travel(name, used, [rough(name, alpha, dial[alpha]).tokens_mean for alpha in used], by_seed))
+    how: dict[str, Callable[[Travel], str]] = {
+        "system": lambda t: t.system,
+        "from alpha to": lambda t: f"{t.alphas[0]:g} to {t.alphas[-1]:g}, {len(t.alphas)} positions",
+        "Spearman": lambda t: number(spearman(t.alphas, t.tokens), 2),
+        "strictly falling": lambda t: t.falls(),
+        "log-length range in each tenth, %": lambda t: ", ".join(f"{round(100 * part):d}" for part in travel(t.alphas, t.tokens)),
+        "largest": lambda t: f"{round(100 * max(travel(t.alphas, t.tokens), key=abs)):d}",
+    }
+    parts = ["The dial:", table(columns, rows, words=1), table(how, travels, words=2)]
+    first = against if against in dials else next(iter(dials))
+    gaps = [(name, *equal_length(dial, dials[first], draws)) for name, dial in here.systems.items() if name != first and 1.0 in dial]
+    if gaps:
+        above: dict[str, Callable[[tuple[str, float, Interval]], str]] = {
+            "system": lambda gap: gap[0],
+            f"points above {first} at equal length": lambda gap: f"{signed(gap[1])} [{signed(gap[2].low)} to {signed(gap[2].high)}]",
+        }
+        parts += ["Accuracy at equal length, mean over the positions above 0 up to 1:", table(above, gaps, words=1)]
+    return parts
+
+
+def equal_length(a: Dial, b: Dial, draws: int) -> tuple[float, Interval]:
+    """Points by which `a` is above the curve of `b` at the same mean tokens, mean over the positions of `a` above 0 up to 1.
+
+    The curve is straight in the logarithm of tokens between b's positions from 0 to 1, and flat beyond their ends.
+    """
+    curve = [seeds for alpha, seeds in b.items() if alpha is not None and 0 <= alpha <= 1]
+    sides = [*curve, *(seeds for alpha, seeds in a.items() if alpha is not None and 0 < alpha <= 1)]
+    known = len(curve)
+
+    def gap(accuracy: Floats, tokens: Floats) -> float:
+        order, x = np.argsort(tokens[:known]), np.log(tokens)
+        return float(np.mean(accuracy[known:] - np.interp(x[known:], x[order], accuracy[order])))
+
+    plain = [rough("", next(iter(seeds.values()))[0]["alpha"], seeds) for seeds in sides]
+    estimate = gap(np.array([p.accuracy for p in plain]), np.array([p.tokens_mean for p in plain]))
+    accuracy, tokens = drawn(sides, draws)
+    return estimate, interval(np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])]), estimate)
+
+
+def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int) -> str:
+    """All tables, or those named, as Markdown."""
+    found = read(folders)
+    names = list(dict.fromkeys(name for name, _, _ in found))
+    parts: list[str] = []
+    for name in only or names:
+        if name not in names:
+            raise SettingError(unknown("table", name, names))
+        held = [(dataset, here) for (other, dataset, apart), here in found.items() if other == name and apart]
+        if len(held) > 1:
+            raise DataError(f"table {name} has held-out questions of {', '.join(dataset for dataset, _ in held)}; positions are chosen on one set")
+        for (other, dataset, apart), here in found.items():
+            if other != name or apart:
+                continue
+            if against not in here.systems:
+                raise SettingError(unknown("system", against, here.systems))
+            plain = here.systems[PLAIN][None]
+            asked = len({row["problem"] for rows in plain.values() for row in rows})
+            parts.append(f"## {name}: {dataset}, {asked:,} questions, {len(plain)} seed{'s' * (len(plain) > 1)}")
+            for where, chosen in held:
+                count = len({row["problem"] for rows in chosen.systems[PLAIN][None].values() for row in rows})
+                parts.append(f"Positions were chosen on {count:,} held-out training questions of {where}, over all seeds together.")
+            parts += systems_tables(here, held[0][1] if held else None, dataset, against, loss, draws)
+            parts += dial_tables(here, dataset, against, draws)
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="the --out of cotvalve run, one for each seed")
+    parser.add_argument("--table", action="append", default=[], help="only this one: main, table7, ...; can be given several times")
+    parser.add_argument("--against", default=PLAIN, help="the system that all are compared with: at its alpha 1, and along its dial")
+    parser.add_argument("--loss", type=float, default=1.0, help="points of held-out accuracy that 'no loss' may cost")
+    parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
+    given = parser.parse_args()
+    try:
+        print(document(given.folders, given.table, given.against, given.loss, given.draws))
+    except CotvalveError as error:
+        raise SystemExit(f"reproduction: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

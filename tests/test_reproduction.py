@@ -1,0 +1,287 @@
+"""The reproduction's tables against hand-made rows, and its recipes before a GPU sees them.
+
+The recipes run whole, shrunk to the embedded model, when COTVALVE_DRY_RUN is set: ten minutes on two cores.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from cotvalve import pipeline, plan, problems
+from cotvalve.baselines import PLAIN
+from cotvalve.errors import DataError, SettingError
+from cotvalve.figures import DASH, MINUS
+from cotvalve.mixchain import MixSettings
+from cotvalve.records import Json, write_json, write_parquet
+from cotvalve.sweep import SweepSettings, named_directions
+from cotvalve.train import TrainSettings
+from cotvalve.verbs import ExtractSettings
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes" / "reproduction").glob("*.yaml"))
+PROMPT = "prompt: budget 20"
+
+
+def loaded() -> ModuleType:
+    """benchmarks/reproduction.py, which is no package."""
+    spec = importlib.util.spec_from_file_location("reproduction", ROOT / "benchmarks" / "reproduction.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reproduction"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+reproduction = loaded()
+
+
+def rows(alpha: float | None, right: str, tokens: list[int], text: str = "") -> list[Json]:
+    """One row for each sign of `right`: + right, - wrong, # cut."""
+    return [
+        {"problem": f"q{i}", "alpha": alpha, "sample": 0, "text": text, "tokens": count, "reasoning_tokens": 0,
+         "prompt_tokens": 9, "finish": "length" if sign == "#" else "stop", "correct": sign == "+", "predicted": "7",
+         "reason": "", "subset": ""}
+        for i, (sign, count) in enumerate(zip(right, tokens, strict=True))
+    ]  # fmt: skip
+
+
+def sweep(folder: Path, systems: dict[str, list[Json]], split: str = "test", data: str = "gsm8k", model: str = "m") -> None:
+    """A finished sweep's folder."""
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"verb": "sweep", "settings": {"split": split, "data": data, "model": model}, "facts": {"billions": "2.0"}})  # fmt: skip
+    write_parquet(folder / "rows.parquet", ({"dataset": data, "system": name, **row} for name, found in systems.items() for row in found))
+
+
+def seeds(home: Path) -> list[Path]:
+    """Two seeds of a table: ten held-out questions and four of the test set."""
+    for name, half in (("0", ("+++-", [50] * 4)), ("1", ("+-+-", [100] * 4))):
+        held = rows(0.0, "+++++-----", [200] * 10)
+        sweep(home / name / "main-heldout", {
+            PLAIN: held,
+            PROMPT: rows(None, "++++------", [180] * 10),
+            "prompt: shortcut": rows(None, "++++------", [190] * 10),
+            "A": [*held, *rows(0.25, "++++++----", [150] * 10), *rows(0.5, "+++++-----", [100] * 10), *rows(1.0, "++--------", [40] * 10)],
+        }, split="heldout")  # fmt: skip
+        plain = rows(0.0, "++--", [100, 200, 300, 400])
+        loop = "Wait, let me check again. " * 20
+        sweep(home / name / "main-gsm8k", {
+            PLAIN: plain,
+            PROMPT: rows(None, "+---", [240] * 4),
+            "prompt: shortcut": rows(None, "+---", [230] * 4),
+            "A": [*plain, *rows(0.25, "++++", [125] * 4), *rows(0.5, *half), *rows(1.0, "---#", [25] * 4, loop)],
+        })  # fmt: skip
+    return [home / "0", home / "1"]
+
+
+def cells(document: str, *starts: str) -> list[str]:
+    """The one row of a Markdown table whose first cells are `starts`."""
+    plain = document.replace(DASH, "-").replace(MINUS, "-")
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in plain.splitlines() if line.startswith("|")]
+    (only,) = [row for row in found if tuple(row[: len(starts)]) == starts]
+    return only
+
+
+# --- tables on paper -------------------------------------------------------------------------------------------------
+
+
+def test_positions_are_chosen_on_held_out_questions(tmp_path: Path) -> None:
+    """On the test questions .25 would be the best with all four right; held-out questions say .5 costs nothing."""
+    found = reproduction.read(seeds(tmp_path))
+    held = found["main", "gsm8k", True]
+    assert reproduction.choose(held, "A", 1.0) == {"no loss (within 1)": 0.5, "most accurate": 0.25, "shortest": 1.0}
+    # 20 % at alpha 1 are 30 points below the plain model's 50.
+    assert reproduction.choose(held, "A", 30.0)["no loss (within 30)"] == 1.0
+    assert reproduction.choose(held, "A", 29.9)["no loss (within 29.9)"] == 0.5
+
+
+def test_the_main_table_on_paper(tmp_path: Path) -> None:
+    document = reproduction.document(seeds(tmp_path), [], PLAIN, 1.0, 199)
+    assert "## main: gsm8k, 4 questions, 2 seeds" in document
+    assert "Positions were chosen on 10 held-out training questions of gsm8k" in document
+    # 2 of 4 right; 1,000 tokens over 4; ACU 100 * 50 / (2 * 250)
+    plain = cells(document, PLAIN)
+    assert plain[3].startswith("50.0 [")
+    assert plain[4].startswith("250.0 [")
+    assert plain[5:7] == ["10.00", "-"]
+    # 3 + 2 of 8 right; (50 + 100) / 2 tokens; 62.5 - 50 points; 250 / 75; ACU 100 * 62.5 / (2 * 75)
+    half = cells(document, "A", "no loss (within 1)")
+    assert half[2] == "0.5"
+    assert half[3].startswith("62.5 [")
+    assert half[4].startswith("75.0 [")
+    assert half[5] == "41.67"
+    assert half[6].startswith("+12.5 [")
+    assert half[7].startswith("3.33 [")
+    assert half[8] == "75.0, 50.0"
+    assert cells(document, "A", "as trained, shortest")[2:5] == ["1", "0.0 [0.0-0.0]", "25.0 [25.0-25.0]"]
+    # Table 8: of the prompts the one that was shortest on the held-out questions, though the other is here.
+    eight = document.partition("Table 8")[2].partition("The dial")[0]
+    assert cells(eight, PROMPT, "shortest prompt")[4] == "240.0 [240.0-240.0]"
+    assert cells(eight, "A", "shortest")[7].startswith("10.00 [")
+
+
+def test_against_another_system_it_is_that_one_as_trained(tmp_path: Path) -> None:
+    document = reproduction.document(seeds(tmp_path), ["main"], "A", 1.0, 199)
+    # A at alpha 1 has none right and 25 tokens.
+    assert cells(document, PLAIN)[6].startswith("+50.0 [")
+    assert cells(document, PLAIN)[7].startswith("0.10 [")
+    assert cells(document, "A", "as trained, shortest")[6] == "-"
+
+
+def test_the_dial_on_paper(tmp_path: Path) -> None:
+    document = reproduction.document(seeds(tmp_path), [], PLAIN, 1.0, 199).partition("The dial:")[2]
+    assert cells(document, "A", "0")[3].startswith("250.0 [")
+    assert cells(document, "A", "0.25")[2:4] == ["100.0 [100.0-100.0]", "125.0 [125.0-125.0]"]
+    # One of four is cut, and all four go round in circles.
+    assert cells(document, "A", "1")[4:] == ["25.0", "100.0"]
+    # Logarithms of 250, 125, 75, 25 fall by ln 2, ln 5/3, ln 3 of ln 10 in a quarter, a quarter and a half of the dial:
+    # .301, .222, .477, so a tenth has 12, 12, (6 + 4.4), 8.9, 8.9, then 9.5 each.
+    travel = cells(document, "A", "0 to 1, 4 positions")
+    assert travel[2:] == ["-1.00", "yes (2 of 2 seeds)", "12, 12, 10, 9, 9, 10, 10, 10, 10, 10", "12"]
+
+
+def test_one_seed_has_the_intervals_of_statistics(tmp_path: Path) -> None:
+    document = reproduction.document(seeds(tmp_path)[:1], [], PLAIN, 1.0, 199)
+    # Wilson for 4 of 4, and 0 of 4.
+    assert cells(document, "A", "most accurate")[3] == "100.0 [51.0-100.0]"
+    assert cells(document, "A", "as trained, shortest")[3] == "0.0 [0.0-49.0]"
+    assert "4 questions, 1 seed\n" in document
+
+
+def test_seeds_are_drawn_like_questions() -> None:
+    """All right in one seed and all wrong in the other: 0, 50 or 100 % in a quarter, a half and a quarter of the draws."""
+    a = {"0": rows(1.0, "++++", [10] * 4), "1": rows(1.0, "----", [30] * 4)}
+    b = {"0": rows(None, "++++", [20] * 4), "1": rows(None, "----", [60] * 4)}
+    accuracy, tokens = reproduction.drawn([a, b], 4000)
+    values, counts = np.unique(accuracy[0], return_counts=True)
+    assert values.tolist() == [0, 50, 100]
+    # Four standard errors of a share of a half in 4,000 draws are .032.
+    assert np.allclose(counts / 4000, [0.25, 0.5, 0.25], atol=0.032)
+    assert set(tokens[0].tolist()) == {10, 20, 30}
+    # What a seed does to both sides cancels.
+    assert np.array_equal(accuracy[0], accuracy[1])
+    assert np.allclose(tokens[0] / tokens[1], 0.5)
+
+
+def test_seeds_that_agree_leave_the_bootstrap_over_questions() -> None:
+    one = rows(1.0, "++-+", [10, 20, 30, 40])
+    several = reproduction.drawn([{"0": one, "1": one}], 500)
+    alone = reproduction.drawn([{"0": one}], 500)
+    assert all(np.allclose(x, y) for x, y in zip(several, alone, strict=True))
+
+
+def test_accuracy_at_equal_length_on_paper() -> None:
+    """The curve has 50 % at 400 tokens and 100 % at 100, so 75 % at 200, half way in the logarithm."""
+    b = {0.0: {"0": rows(0.0, "++--", [400] * 4)}, 1.0: {"0": rows(1.0, "++++", [100] * 4)}, 2.0: {"0": rows(2.0, "----", [200] * 4)}}
+    # 50 % at 200 tokens are 25 points below it; 100 % at 50 tokens meet its shorter end. Alpha 0 does not count.
+    a = {0.0: b[0.0], 0.5: {"0": rows(0.5, "++--", [200] * 4)}, 1.0: {"0": rows(1.0, "++++", [50] * 4)}}
+    gap, ends = reproduction.equal_length(a, b, 99)
+    assert gap == pytest.approx(-12.5)
+    # Questions 3 and 4 alone decide: from none of them drawn (0) to no other (-25).
+    assert (ends.low, ends.high) == pytest.approx((-25, 0), abs=6.3)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="no finished sweep"):
+        reproduction.document([tmp_path / "none"], [], PLAIN, 1.0, 9)
+    folders = seeds(tmp_path)
+    with pytest.raises(SettingError, match="unknown table 'mian': did you mean 'main'"):
+        reproduction.document(folders, ["mian"], PLAIN, 1.0, 9)
+    with pytest.raises(SettingError, match="unknown system 'B'"):
+        reproduction.document(folders, [], "B", 1.0, 9)
+    sweep(tmp_path / "0" / "main-other", {PLAIN: rows(0.0, "+", [9])}, split="heldout", data="prm12k")
+    with pytest.raises(DataError, match="held-out questions of gsm8k, prm12k"):
+        reproduction.document(folders, [], PLAIN, 1.0, 9)
+    sweep(tmp_path / "1" / "main-reasoner", {PLAIN: rows(0.0, "++--", [9] * 4)}, model="another")
+    with pytest.raises(DataError, match="measures another, but its table has m"):
+        reproduction.document(folders, [], PLAIN, 1.0, 9)
+    write_json(tmp_path / "half" / "main-gsm8k" / "run.json", {"verb": "sweep"})
+    with pytest.raises(DataError, match="no finished sweep"):
+        reproduction.document([tmp_path / "half"], [], PLAIN, 1.0, 9)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_questions(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a plan looks at data that is there
+    recipe = pipeline.read(str(path), seed=7)
+    assert recipe.name == f"reproduction-{path.stem}"
+    assert all(f"\n{step.name} " in plan.describe(recipe) for step in recipe.steps)
+    learned = {s.out for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, ExtractSettings))}
+    swept: dict[tuple[str, bool], set[str]] = {}
+    for step in recipe.steps:
+        s = step.settings
+        if isinstance(s, (TrainSettings, MixSettings)):
+            assert s.seed == 7
+        elif isinstance(s, SweepSettings):
+            held = s.split == "heldout"
+            assert (step.name.endswith("-heldout"), s.limit, s.seed if held else 0, s.temperature) == (held, 300 if held else None, 0, 0)
+            directions = named_directions(s.direction)
+            assert "\n" not in s.direction
+            swept.setdefault((step.name.partition("-")[0], held), set()).update(directions.values())
+    tables = {table for table, _ in swept}
+    # What is measured on test questions has its positions from held-out ones.
+    assert all(swept[table, True] == swept[table, False] for table in tables)
+    used = set().union(*swept.values()) | {s.direction for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, MixSettings))}
+    assert learned <= used
+
+
+def test_steps_of_one_name_are_the_same_in_every_recipe() -> None:
+    """They share a folder: a step that another recipe has run is passed over only when its settings are the same."""
+    known: dict[str, Json] = {}
+    for path in RECIPES:
+        for step in pipeline.read(str(path), out="runs/x").steps:
+            settings = step.settings.model_dump(mode="json")
+            assert known.setdefault(step.name, settings) == settings, f"{path.name}: {step.name}"
+    assert {"valve", "mix"} <= set(known)
+
+
+def shrunk(path: Path, folder: Path) -> str:
+    """The recipe on the embedded model: six questions to learn from and two to answer, three positions of each grid."""
+    recipe: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["common"] |= {"model": "tiny-reasoner", "prompt": "plain", "device": "cpu", "slots": 64, "batch": 8}
+    texts = ((p, f"{p.solution}\n" * 3 + f"The answer is \\boxed{{{p.answer}}}.") for p in problems.load("arithmetic", split="train", limit=8))
+    long = "\n".join(json.dumps({"question": p.question, "answer": p.answer, "solution_0": text}) for p, text in texts)
+    (folder / "long.jsonl").write_text(long, encoding="utf-8")
+    for step in recipe["steps"].values():
+        data = str(step.get("data", ""))
+        if data.endswith(".jsonl"):
+            step["data"] = str(folder / "long.jsonl")
+        elif data and not data.startswith("$"):
+            step["data"] = "arithmetic"
+        if step["verb"] == "sweep":
+            alphas = step["alphas"]
+            step |= {"alphas": sorted({alphas[0], alphas[len(alphas) // 2], alphas[-1]}), "limit": 2, "max_new_tokens": 60}
+        elif step["verb"] != "extract":
+            step["limit"] = 6
+        if step["verb"] == "mix":
+            step["max_new_tokens"] = 400
+    (folder / path.name).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return str(folder / path.name)
+
+
+@pytest.mark.skipif(not os.environ.get("COTVALVE_DRY_RUN"), reason="ten minutes; set COTVALVE_DRY_RUN=1")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_whole_when_shrunk(path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All recipes in one folder, as on the GPU: steps that two of them have are made once."""
+    home = tmp_path_factory.getbasetemp() / "reproduction"
+    home.mkdir(exist_ok=True)
+    recipe = pipeline.read(shrunk(path, home), out=str(home / "seed"), seed=1)
+    assert list(dict(pipeline.run(recipe))) == [step.name for step in recipe.steps]
+    tables = sorted({step.name.partition("-")[0] for step in recipe.steps if step.verb == "sweep"})
+    document = reproduction.document([home / "seed"], tables, PLAIN, 1.0, 99)
+    assert all(f"## {table}: arithmetic" in document for table in tables)
+    assert "most accurate" in document
