@@ -494,7 +494,7 @@ def by_rows(query: Tensor, key: Tensor, value: Tensor, ends: slots.Ends, scaling
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("batch", [3, 64])
 def test_rows_that_read_their_own_length(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """The layout for the card's kernel, with the kernel's arithmetic on a CPU: refills, and rows moved to the front."""
     monkeypatch.setattr("cotvalve.engines.batch.reads_rows", lambda _: True)
@@ -584,7 +584,7 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     if only_attention:
         factors = {name: factor for name, factor in factors.items() if ".mlp." not in name}
     turned = Valve(models.llama(), models.tokenizer(["</think>"]), Direction(factors, Card("base")))
-    expected = run(engine("transformers", on=turned), mixture())
+    expected = run(engine("transformers", on=turned), mixture(6))
     calls = 0
 
     def counted(gate: Parts, up: Parts) -> Tensor:
@@ -594,6 +594,6 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
 
     monkeypatch.setattr(gated, "gated", counted)
     monkeypatch.setattr(gated, "available", lambda _: True)
-    assert run(engine("transformers", on=turned), mixture()) == expected
-    assert calls > 50
+    assert run(engine("transformers", on=turned), mixture(6)) == expected
+    assert calls > 20
     assert not any("forward" in vars(m) for name, m in turned.model.named_modules() if name.endswith("mlp"))
