@@ -155,7 +155,7 @@ def run(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     grids = {n: [0.0] if bare else [round(1.5 * i / n, 6) for i in range(1, n + 1)] for n in counts}
     for grid in grids.values():
         # Compiles and captures what this workload needs, on prompts of its own.
-        list(engine.generate(requests_of(engine.valve, grid, "warm", args.requests if part == "engine" else args.batch, min(8, args.tokens))))
+        list(engine.generate(requests_of(engine.valve, grid, "warm", args.requests if part.startswith("engine") else args.batch, min(8, args.tokens))))
     seconds, rates = ({n: list[float]() for n in counts} for _ in range(2))
     # Round by round, and not count by count: what else a machine does would look like the cost of a count.
     for i, (n, grid) in ((i, pair) for i in range(args.rounds) for pair in grids.items()):

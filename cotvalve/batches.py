@@ -136,7 +136,7 @@ def collate_flat(rows: Sequence[Json]) -> dict[str, Any]:
     labels = torch.tensor([list(chain.from_iterable(row["labels"] for row in rows))])
     labels[0, starts[:-1]] = IGNORED  # no token stands before the first one of a row
     first = torch.tensor(starts[:-1])
-    alphas = [torch.tensor(row["alpha"]) if isinstance(row["alpha"], list) else torch.full((len(row["input_ids"]),), row["alpha"]) for row in rows]
+    alphas = [torch.tensor(row["alpha"], dtype=torch.float32).expand(len(row["input_ids"])) for row in rows]
     return {
         "input_ids": torch.tensor([list(chain.from_iterable(row["input_ids"] for row in rows))]),
         "labels": labels,

@@ -20,8 +20,6 @@ TAME = 2.0**40
 """Factors of a smaller norm cannot make A x infinite in bf16 or fp32 where the base model's own W x is not."""
 
 
-
-
 def weight(side: nn.Module) -> Tensor:
     """The weight of A or B, found without the detours that cost a small model's step a tenth of its time."""
     return side._parameters["weight"]  # pyright: ignore
@@ -40,7 +38,11 @@ class Inlet:
         """Takes the layers' A as they are now."""
         sides = [weight(layer.lora_A[ADAPTER]).detach() for layer in self.layers]
         alike = len({(side.shape[1], side.dtype, side.device) for side in sides}) == 1
-        self.down = torch.cat(sides) if alike and len(sides) > 1 and sides[0].device.type in JOINED else None
+        joined = alike and len(sides) > 1 and sides[0].device.type in JOINED
+        with torch.inference_mode(False), torch.no_grad():
+            # Into the same memory where it fits: a captured graph goes on reading it.
+            same = joined and self.down is not None and self.down.dtype == sides[0].dtype and len(self.down) == sum(map(len, sides))
+            self.down = torch.cat(sides, out=self.down) if same else torch.cat(sides) if joined else None
         ends = [0, *accumulate(len(side) for side in sides)]
         self.places = dict(zip(self.layers, map(slice, ends, ends[1:]), strict=True))
 

@@ -37,6 +37,7 @@ class Position:
     def __init__(self, valve: Valve) -> None:
         self.valve = valve
         self.compiled = False
+        """Whether the layers are compiled for a GPU, and the loss may be too."""
         self.others = 0
         """LoRA layers that stay PEFT's, and are turned by the dial."""
         self.alpha = torch.zeros(1, 1, 1, device=valve.model.device)
@@ -119,7 +120,7 @@ class LeanLinear(LoraLinear):
         a, b = (side[ADAPTER].get_parameter("weight") for side in (self.lora_A, self.lora_B))
         alpha, closed = self.position.alpha, self.position.closed
         s: float = self.scaling[ADAPTER]
-        # Also where the layers are compiled: 9 % faster on an H100 than leaving the sums to the compiler.
+        # Also where the layers are compiled: faster on an H100 than leaving the sums to the compiler (docs/performance.md).
         return Product.apply(x, base.weight, base.bias, a, b, alpha, closed, s)  # pyright: ignore[reportReturnType]
 
 
@@ -152,7 +153,7 @@ def lean(valve: Valve, *, compiled: bool = False, flat: bool = False) -> Generat
             model.set_attn_implementation(FLAT)
         if compiled:
             # Else a new number of rows, found in an attribute of a module, would be compiled anew; and each fixed number (a
-            # scale, an epsilon) would come from the card at every call, which waits for it sixteen times a layer.
+            # scale, an epsilon) would be one more input of every call.
             stack.enter_context(dynamo.patch(force_nn_module_property_static_shapes=False, specialize_float=True))
             # The first layer's input has no gradient, unlike the others': it would be compiled apart.
             hook = model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_())

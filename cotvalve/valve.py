@@ -1,4 +1,4 @@
-"""The valve: theta + alpha * delta on a loaded model. The only module that touches weights.
+"""The valve: theta + alpha * delta on a loaded model; behind it `inlets` makes A x and `mover` moves whole weights.
 
 With a LoRA direction every linear layer computes, for each row (or token) of the batch with its own alpha,
 

@@ -657,3 +657,25 @@ def test_layers_that_read_the_same_input_share_a_product(monkeypatch: pytest.Mon
     inlets = {inlet for inlet in joined.dial.inlets.of.values() if len(inlet.layers) > 1}
     assert len(inlets) == 2 * joined.model.config.num_hidden_layers
     assert all(inlet.down is not None and inlet.x is None for inlet in inlets)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["usual tensors", "tensors of inference mode"])
+def test_a_captured_graph_reads_the_factors_as_they_are(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
+    """A graph holds on to memory: A of the joined layers stays where it is, also when its numbers change."""
+    monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
+    with torch.inference_mode(inference):
+        turned = valve()
+    assert turned.dial is not None
+    with turned.at(0.5):
+        inlet = next(inlet for inlet in turned.dial.inlets.of.values() if len(inlet.layers) > 1)
+    assert inlet.down is not None
+    place, before = inlet.down.data_ptr(), inlet.down.clone()
+    with torch.inference_mode(inference), torch.no_grad():
+        inlet.layers[0].lora_A[ADAPTER].weight.mul_(2)
+    for inside in (False, True):
+        with torch.inference_mode(inside), turned.at(0.5):
+            pass
+        assert inlet.down.data_ptr() == place
+    rank = len(inlet.layers[0].lora_A[ADAPTER].weight)
+    assert torch.equal(inlet.down[:rank], 2 * before[:rank])
+    assert torch.equal(inlet.down[rank:], before[rank:])

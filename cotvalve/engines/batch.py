@@ -31,7 +31,7 @@ class Batch:
     ) -> None:
         """`context` cache positions per slot; None: as many as `waiting` needs."""
         self.valve, self.graphs_on = engine.valve, engine.graphs
-        self.codec = engine._codec  # pyright: ignore[reportPrivateUsage]  the engine of this module
+        self.codec = engine._codec  # pyright: ignore[reportPrivateUsage]  its own engine's
         self.model = engine.valve.model
         self.device = self.model.device
         self.cuda = self.device.type == "cuda"

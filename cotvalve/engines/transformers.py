@@ -67,6 +67,16 @@ class TransformersEngine:
         encoded, refused = self._codec.encode(list(requests))
         yield from refused
         total, done, tokens, began = len(encoded) + len(refused), len(refused), 0, time.monotonic()
+        ended: list[Ended] = []
+
+        def texts() -> Iterator[Completion]:
+            nonlocal done, tokens
+            while ended:
+                completion = self._codec.completion(*ended.pop())
+                done += 1
+                tokens += completion.tokens
+                yield completion
+
         if encoded:
             progress("sample", done, total, f"engine {self.name}")
         groups: dict[float, list[Encoded]] = {}
@@ -79,7 +89,6 @@ class TransformersEngine:
             longest, slots = max(len(e.ids) + e.room for e in waiting), 0
             while waiting:
                 batch: Batch | None = None
-                ended: list[Ended] = []
                 try:
                     # Weights of an exact task vector are moved once here, not at every token.
                     with self.fitted(), nullcontext() if self.valve.rows else self.valve.at(alpha):
@@ -87,20 +96,14 @@ class TransformersEngine:
                         batch = Batch(self, waiting, slots, alpha)
                         while batch.busy or ended:
                             batch.launch()
-                            while ended:
-                                completion = batch.codec.completion(*ended.pop())
-                                done += 1
-                                tokens += completion.tokens
-                                yield completion
+                            yield from texts()
                             ended = batch.collect()
                             progress("sample", done, total, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
                     waiting = []
                 except torch.OutOfMemoryError:
                     waiting = batch.unfinished() if batch else waiting
                 # Outside of the handler: an error holds on to the frames, and they to their tensors.
-                for e, ids in ended:
-                    done += 1
-                    yield self._codec.completion(e, ids)
+                yield from texts()
                 if waiting:
                     if slots == 1:
                         raise EngineError("out of memory with a single chain at a time; lower max_new_tokens")
