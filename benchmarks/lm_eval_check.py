@@ -108,6 +108,7 @@ KINDS = {
     "cut": Kind("the token budget cut the text; the last number before the cut happens to be the gold answer", "cotvalve: no answer had been given (its rule for truncated texts)"),
     "chance": Kind("the answer given is another; the last number of the sentence behind it happens to be the gold answer", "cotvalve: the answer given is wrong"),
     "part": Kind("the answer given is another; a part of it is the gold answer (20 in 1/20, 2 in 2:20)", "cotvalve: the answer given is wrong"),
+    "hour": Kind("the answer is a full hour, 2:00 pm, and the gold answer its number", "cotvalve: it is the hour that was asked for"),
     "other": Kind("unexplained", "to be looked at"),
 }  # fmt: skip
 
@@ -131,7 +132,7 @@ def explain(view: str, seen: Seen) -> str:
         return "spelling"
     if view == "flexible-extract" and _behind(seen):
         return "behind"
-    return "other"
+    return "hour" if re.match(r"\d{1,2}:00\b", seen.ours.predicted or "") else "other"
 
 
 def _only_theirs(seen: Seen) -> str:

@@ -16,6 +16,7 @@ CASES = {
     "chance": ("flexible-extract", "3", r"It costs \boxed{0} dollars more than 1/3 pound.", "3", False),
     "part": ("flexible-extract", "20", r"It goes every \(\boxed{\frac{1}{20}}\) days.", "20", False),
     "part of a time": ("math_verify", "2", "So 5:00 - 2 hours 40 minutes = 2:20.\nThe answer is 2:20.", "2; 2", False),
+    "hour": ("math_verify", "2", r"It is \boxed{2:00 \text{ pm}}.", "zoo; 2:00", False),
     "other": ("flexible-extract", "7", r"It is \boxed{7}.", "8", False),
 }
 
