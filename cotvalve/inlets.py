@@ -20,6 +20,10 @@ TAME = 2.0**40
 """Factors of a smaller norm cannot make A x infinite in bf16 or fp32 where the base model's own W x is not."""
 
 
+Turned = Callable[[Tensor, Tensor], Tensor]
+"""alpha * A x of x [..., in] and A [r, in]."""
+
+
 def weight(side: nn.Module) -> Tensor:
     """The weight of A or B, found without the detours that cost a small model's step a tenth of its time."""
     return side._parameters["weight"]  # pyright: ignore
@@ -50,12 +54,12 @@ class Inlet:
         """Lets go of the last input."""
         self.x = self.turned = None
 
-    def product(self, layer: LoraLinear, x: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-        """`turn` of A x for one of the layers, made with the others' when the first of them asks."""
+    def product(self, layer: LoraLinear, x: Tensor, turned: Turned) -> Tensor:
+        """alpha * A x for one of the layers, made with the others' when the first of them asks."""
         if self.down is None:
-            return turn(x @ weight(layer.lora_A[ADAPTER]).t())
+            return turned(x, weight(layer.lora_A[ADAPTER]))
         if self.x is not x or self.turned is None:
-            self.x, self.turned = x, turn(x @ self.down.t())
+            self.x, self.turned = x, turned(x, self.down)
         out = self.turned[..., self.places[layer]]
         if layer is self.layers[-1]:
             self.forget()
@@ -78,9 +82,9 @@ class Inlets:
         """Whether A and B of every layer are finite; and small enough that A x cannot be infinite."""
         self._stamp: object = None
 
-    def parts(self, layer: nn.Module, x: Tensor, turn: Callable[[Tensor], Tensor] | None) -> Parts | None:
-        """The parts of a LoRA layer's output, `turn` making alpha * A x of A x; None where only PEFT's own forward will do:
-        with gradients, or a layer that is not plain LoRA in x's dtype."""
+    def parts(self, layer: nn.Module, x: Tensor, turned: Turned | None) -> Parts | None:
+        """The parts of a LoRA layer's output, `turned` None where the valve is closed; None where only PEFT's own forward
+        will do: with gradients, or a layer that is not plain LoRA in x's dtype."""
         if type(layer) is not LoraLinear or layer not in self.of:
             return None
         b = weight(layer.lora_B[ADAPTER])
@@ -88,12 +92,12 @@ class Inlets:
         if torch.is_grad_enabled() or not usual or b.dtype != x.dtype:
             return None
         scale: float = layer.scaling[ADAPTER]
-        if turn is None:
+        if turned is None:
             return layer.base_layer(x), None, None, scale
         if not self.finite or layer.lora_bias[ADAPTER]:
             return None
         y = layer.base_layer(x)
-        return y, self.of[layer].product(layer, x, turn).view(-1, b.shape[1]), b, scale
+        return y, self.of[layer].product(layer, x, turned).view(-1, b.shape[1]), b, scale
 
     def look(self) -> None:
         """Takes note of the factors where they have changed. Read at every step of an engine without graphs: microseconds."""

@@ -47,9 +47,7 @@ class Dial:
     def __init__(self, model: nn.Module) -> None:
         """Puts a forward hook behind B of every LoRA layer; raises DirectionMismatch when there is none."""
         self.layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, LoraLayer) and ADAPTER in module.lora_B
+            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer) and ADAPTER in module.lora_B
         }
         if not self.layers:
             raise DirectionMismatch("the model has no LoRA layer to turn: 0 modules matched; load a direction first")
@@ -64,6 +62,7 @@ class Dial:
             if type(module) is LoraLinear:
                 module.forward = partial(self._forward, module, module.forward)
         self.inlets = Inlets(self.layers)
+        self.kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # an engine's alpha * A x of x, A and alpha
         self._alpha: Tensor | None = None
         self._closed: Tensor | None = None
 
@@ -76,18 +75,20 @@ class Dial:
 
     def parts(self, layer: nn.Module, x: Tensor) -> Parts | None:
         """See `Inlets.parts`; without the branch where the valve is closed."""
-        return self.inlets.parts(layer, x, None if self._alpha is None else self._scaled)
+        return self.inlets.parts(layer, x, None if self._alpha is None else self._turned)
 
-    def _scaled(self, thin: Tensor) -> Tensor:
-        """alpha * `thin`, in its place: bf16 times the fp32 alpha in one pass."""
+    def _turned(self, x: Tensor, a: Tensor) -> Tensor:
+        """alpha * A x: bf16 times the fp32 alpha in one pass."""
         assert self._closed is not None
-        thin.mul_(alpha := self._for(thin))
+        alpha = self._for(x)
+        if self.kernel is not None:
+            return self.kernel(x, a, alpha)
+        thin = (x @ a.t()).mul_(alpha)
         # A and B are finite here, but where A x may overflow 0 * inf would be NaN.
         return thin if self.inlets.tame and thin.dtype != torch.float16 else thin.masked_fill_(self._closed.reshape(alpha.shape), 0)
 
     def _learn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
-        # With gradients alpha multiplies A x, which has r numbers where B A x has thousands: the same
-        # product, and nothing large is kept for the backward pass.
+        # With gradients alpha multiplies A x: r numbers where B A x has thousands, and nothing large is kept for going back.
         if self._alpha is None or not torch.is_grad_enabled():
             return out
         return (out * self._for(out)).to(out.dtype)
@@ -96,8 +97,7 @@ class Dial:
         if self._alpha is None or self._closed is None:
             return torch.zeros_like(out)
         alpha = self._for(out)
-        # alpha stays fp32 whatever the model's dtype (bf16 has 3 digits); where() and not only the product,
-        # because 0 * NaN is NaN and alpha 0 promises the base model.
+        # alpha stays fp32 (bf16 has 3 digits); where() too, because 0 * NaN is NaN and alpha 0 promises the base model.
         turned = out if torch.is_grad_enabled() else out * alpha
         return torch.where(self._closed.reshape(alpha.shape), 0.0, turned)
 
@@ -128,6 +128,7 @@ class Dial:
             yield
         finally:
             self._alpha, self._closed = before
+
 
 class Valve:
     """A model, its tokenizer and one direction, with the dial between them."""

@@ -16,10 +16,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, gated, pick, slots
+from cotvalve.engines import Engine, gated, pick, slots, thin
 from cotvalve.engines.batch import Batch
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
+from cotvalve.engines.replaced import replaced
 from cotvalve.engines.sampling import BLOCK, Codec, invert, sample, uniforms
 from cotvalve.engines.transformers import TransformersEngine, unsupported
 from cotvalve.errors import EngineError, SettingError
@@ -513,8 +514,9 @@ def test_fused_norms_give_the_same_numbers(dtype: torch.dtype) -> None:
         torch.nn.init.normal_(norm.weight, 1.0, 0.3)
     ids = torch.arange(1, 40)[None]
     before = model(ids).logits
-    with fused_norms(model) as count:
-        assert count == 2 * model.config.num_hidden_layers + 1
+    found = [*fused_norms(model)]
+    with replaced(found):
+        assert len(found) == 2 * model.config.num_hidden_layers + 1
         off = (model(ids).logits - before).float().std() / before.float().std()
     assert off < (1e-5 if dtype == torch.float32 else 0.03)
     assert torch.equal(model(ids).logits, before)
@@ -525,8 +527,7 @@ def test_a_norm_that_computes_otherwise_is_not_fused() -> None:
     model = Gemma2ForCausalLM(Gemma2Config(**shape, num_key_value_heads=2, head_dim=8))
     for norm in (m for m in model.modules() if type(m).__name__ == "Gemma2RMSNorm"):
         torch.nn.init.constant_(norm.weight, 0.2)  # scales by 1.2
-    with fused_norms(model) as count:
-        assert count == 0
+    assert not [*fused_norms(model)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -570,6 +571,52 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool) -> None:
     wanted = torch.nn.functional.silu(wide[0]) * wide[1]
     found = gated.gated(*sides)[:, 0]
     assert torch.allclose(found, wanted, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+@TRITON
+@pytest.mark.parametrize(("rows", "tokens", "alphas"), [(37, 1, 37), (5, 9, 5), (5, 9, 45), (3, 7, 1), (90, 50, 90)])
+@pytest.mark.parametrize(("width", "rank"), [(96, 4), (300, 24), (520, 48), (200, 100), (100, 140)])
+def test_the_thin_product_is_what_pytorch_computes_apart(rows: int, tokens: int, alphas: int, width: int, rank: int) -> None:
+    """One alpha a row, a token, or for all; widths and ranks that fill no tile; a rank that is too wide for one."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(rows, tokens, width, generator=draw).to(device, dtype)
+    a = torch.randn(rank, width, generator=draw).to(device, dtype)
+    alpha = torch.randn({1: (1, 1, 1), rows: (rows, 1, 1)}.get(alphas, (rows, tokens, 1)), generator=draw).to(device)
+    alpha[0, 0, 0] = 0
+    # An open valve of a broken branch would be NaN; a closed one is exactly nothing.
+    x[0, 0, 0] = torch.inf
+    found = thin.thin(x, a, alpha)
+    wanted = torch.where(alpha == 0, 0.0, (x @ a.t()) * alpha).to(dtype)
+    assert found.shape == wanted.shape
+    assert torch.equal(found[0, 0], torch.zeros_like(found[0, 0]))
+    finite = wanted.isfinite()
+    assert torch.equal(found.isfinite(), finite)
+    loose = dtype == torch.bfloat16
+    assert torch.allclose(found[finite], wanted[finite], rtol=0.02 if loose else 1e-4, atol=0.3 if loose else 1e-3)
+
+
+def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's chains with alpha * A x in a kernel's hands, the kernel's arithmetic by PyTorch."""
+    turned = Valve(models.llama(), models.tokenizer(["</think>"]), direction())
+    expected = run(engine("transformers", on=turned), mixture(6))
+    calls = 0
+
+    def by_parts(x: Tensor, a: Tensor, alpha: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.where(alpha == 0, 0.0, x @ a.t() * alpha)
+
+    monkeypatch.setattr(thin, "thin", by_parts)
+    monkeypatch.setattr(gated, "available", lambda _: True)
+    monkeypatch.setattr(gated, "gated_layers", lambda *_: [])
+    assert run(engine("transformers", on=turned), mixture(6)) == expected
+    assert calls > 20
+    assert turned.dial is not None
+    assert turned.dial.kernel is None
+    # A kernel that is wrong on this card proves nothing and is left alone.
+    monkeypatch.setattr(thin, "thin", lambda x, a, alpha: 1.1 * by_parts(x, a, alpha))
+    assert run(engine("transformers", on=turned), mixture(6)) == expected
 
 
 @pytest.mark.parametrize("only_attention", [False, True])

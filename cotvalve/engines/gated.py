@@ -7,8 +7,8 @@ exact zeros here too. Only for layers that prove to be that formula, on NVIDIA c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cotvalve.engines.replaced import Replacement
 from cotvalve.inlets import Parts
 
 if TYPE_CHECKING:
@@ -32,21 +33,21 @@ def available(model: nn.Module) -> bool:
     return weight.is_cuda and torch.version.cuda is not None and weight.dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
 
 
-@contextmanager
-def gated_layers(model: nn.Module, dial: Dial | None) -> Generator[int]:
-    """Layers of that formula computed by the kernel while inside; gives how many."""
-    with ExitStack() as stack:
-        yield sum(_replace(module, dial, stack) for module in model.modules())
+def gated_layers(model: nn.Module, dial: Dial | None) -> Iterator[Replacement]:
+    """Layers of that formula, computed by the kernel."""
+    for module in model.modules():
+        if found := _gated(module, dial):
+            yield found
 
 
-def _replace(module: Any, dial: Dial | None, stack: ExitStack) -> bool:
+def _gated(module: Any, dial: Dial | None) -> Replacement | None:
     if not all(hasattr(module, part) for part in PARTS) or "forward" in vars(module):
-        return False
+        return None
     if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        return False
+        return None
     base = getattr(module.gate_proj, "base_layer", module.gate_proj)
     if type(base) is not nn.Linear:  # quantized, for one
-        return False
+        return None
     fused, weight = partial(_forward, module, module.forward, dial), base.weight
     # Names are not enough (some models scale or clamp in between), and neither is one card's Triton for another's.
     sample = torch.linspace(-2, 2, 3 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
@@ -54,10 +55,8 @@ def _replace(module: Any, dial: Dial | None, stack: ExitStack) -> bool:
         with torch.no_grad(), position:
             wanted, found = module(sample).float(), fused(sample).float()
         if not torch.allclose(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())):
-            return False
-    module.forward = fused
-    stack.callback(vars(module).pop, "forward")
-    return True
+            return None
+    return module, fused
 
 
 def _forward(module: Any, general: Callable[[Tensor], Tensor], dial: Dial | None, x: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ def _side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
 
 def gated(gate: Parts, up: Parts) -> Tensor:
     """silu(W_g x + s_g B_g t_g) * (W_u x + s_u B_u t_u), rounded to the tensors' dtype where PyTorch would."""
-    from cotvalve.engines.gated_kernel import gated_tile
+    from cotvalve.engines.tiles import gated_tile
 
     y, width = gate[0], gate[0].shape[-1]
     rows = y.numel() // width

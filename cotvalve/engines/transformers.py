@@ -14,15 +14,16 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
-from cotvalve.engines import gated
+from cotvalve.engines import gated, thin
 from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.norms import fused_norms
+from cotvalve.engines.replaced import Replacement, replaced
 from cotvalve.engines.sampling import Codec, Encoded
 from cotvalve.engines.slots import ATTENTION
 from cotvalve.errors import EngineError
@@ -61,6 +62,8 @@ class TransformersEngine:
         cuda = valve.model.device.type == "cuda"
         self.graphs = cuda if graphs is None else graphs and cuda
         self._codec = Codec(valve.model, valve.tokenizer)
+        self._faster: list[Replacement] | None = None
+        self._thin = False
 
     def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
         """See `Engine.generate`. Out of memory halves the slots and goes on with what is unfinished."""
@@ -114,19 +117,25 @@ class TransformersEngine:
 
     @contextmanager
     def fitted(self) -> Generator[None]:
-        """The model as this engine wants it: attention on slots, and on a GPU fused norms and gated layers."""
+        """The model as this engine wants it: attention on slots, and on a GPU norms, gated layers and the dial in kernels of their own."""
         model = self.valve.model
         before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(ATTENTION)
         try:
-            with ExitStack() as stack:
-                if model.device.type == "cuda":
-                    stack.enter_context(fused_norms(model))
-                if gated.available(model):
-                    stack.enter_context(gated.gated_layers(model, self.valve.dial))
+            if self._faster is None:
+                self._find_faster()
+            with replaced(self._faster or ()), thin.thin_products(self.valve.dial) if self._thin and self.valve.dial else nullcontext():
                 yield
         finally:
             model.set_attn_implementation(before or "sdpa")
+
+    def _find_faster(self) -> None:
+        """What this model's parts may be replaced by: all prove themselves against the model's own first, once."""
+        model, dial = self.valve.model, self.valve.dial
+        self._faster = [*fused_norms(model)] if model.device.type == "cuda" else []
+        if gated.available(model):
+            self._thin = dial is not None and thin.proves(dial.inlets)
+            self._faster += gated.gated_layers(model, dial)
 
     def slots_that_fit(self, longest: int) -> int:
         """Slots whose caches fit the free memory, for chains of `longest` tokens with their prompt."""

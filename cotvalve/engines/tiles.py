@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""The kernel of `gated.py`, apart because Triton is not everywhere."""
+"""The kernels of `gated.py` and `thin.py`, apart because Triton is not everywhere."""
 
 import triton
 import triton.language as tl
@@ -33,3 +33,23 @@ def gated_tile(
     x = g.to(tl.float32)
     active = (x / (1.0 + tl.exp(-x))).to(kind)
     tl.store(out + places, (active.to(tl.float32) * u.to(tl.float32)).to(kind), mask=inside)
+
+
+@triton.jit
+def thin_tile(
+    x, a, alpha, out, rows, width, tokens, rank,
+    RANK: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """alpha * A x for ROWS rows of `out` [rows, rank]: x is [rows, width], a [rank, width], alpha one number for `tokens` rows each."""
+    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    r = tl.arange(0, RANK)
+    total = tl.zeros([ROWS, RANK], dtype=tl.float32)
+    for start in range(0, width, DEEP):
+        k = start + tl.arange(0, DEEP)
+        left = tl.load(x + i[:, None] * width + k[None, :], mask=(i < rows)[:, None] & (k < width)[None, :], other=0.0)
+        right = tl.load(a + r[None, :] * width + k[:, None], mask=(r < rank)[None, :] & (k < width)[:, None], other=0.0)
+        total = tl.dot(left, right, total)
+    kind = out.dtype.element_ty
+    by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
+    turned = tl.where(by == 0.0, 0.0, total.to(kind).to(tl.float32) * by).to(kind)
+    tl.store(out + i[:, None] * rank + r[None, :], turned, mask=(i < rows)[:, None] & (r < rank)[None, :])

@@ -1,0 +1,82 @@
+"""alpha * A x in one kernel: the thin product of a LoRA layer, its row's alpha multiplied in before it is written.
+
+PyTorch makes it with a product, which on so few columns often is two kernels, and a multiplication that mixes bf16 with
+the fp32 alpha. A decoding step of a small model is mostly the number of its kernels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cotvalve.inlets import ADAPTER, Inlets, weight
+
+if TYPE_CHECKING:
+    from cotvalve.valve import Dial
+
+FEW = 4096
+"""Rows up to which small tiles fill the card better than large ones."""
+WIDEST = 128
+"""The most columns (ranks of layers that share an input, summed up) that one tile holds."""
+
+
+@contextmanager
+def thin_products(dial: Dial) -> Generator[None]:
+    """The dial with this kernel while inside."""
+    dial.kernel = thin
+    try:
+        yield
+    finally:
+        dial.kernel = None
+
+
+def proves(inlets: Inlets) -> bool:
+    """Whether the kernel gives what PyTorch gives, for each shape of A: one card's Triton is not another's."""
+    inlets.look()
+    shapes: dict[torch.Size, Tensor] = {}
+    for inlet in inlets.of.values():
+        for a in [inlet.down] if inlet.down is not None else [weight(layer.lora_A[ADAPTER]) for layer in inlet.layers]:
+            shapes[a.shape] = a
+    try:
+        return all(_proves(a, tokens) for a in shapes.values() for tokens in (1, FEW // 2))
+    except Exception as error:  # what a compiler raises has no common name
+        warnings.warn(f"the kernel of thin products is left out: {type(error).__name__}: {error}", stacklevel=2)
+        return False
+
+
+def _proves(a: Tensor, tokens: int) -> bool:
+    x = torch.linspace(-2, 2, 3 * a.shape[1], device=a.device, dtype=a.dtype).view(3, 1, -1).expand(-1, tokens, -1)
+    alpha = torch.tensor([1.0, 0.0, -0.7], device=a.device).view(3, 1, 1)
+    with torch.no_grad():
+        wanted, found = (x @ a.t()).float() * alpha, thin(x, a, alpha).float()
+    return torch.allclose(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+
+
+def thin(x: Tensor, a: Tensor, alpha: Tensor) -> Tensor:
+    """alpha * A x [..., r] of x [..., in], A [r, in] and one alpha for all, per row [B, 1, 1] or per token [B, T, 1]; 0 where alpha is.
+
+    A x is rounded before alpha multiplies it, as PyTorch's product is.
+    """
+    from cotvalve.engines.tiles import thin_tile
+
+    rank, width = a.shape
+    if rank > WIDEST:
+        return torch.where(alpha == 0, 0.0, (x @ a.t()) * alpha).to(x.dtype)
+    flat = x.reshape(-1, width).contiguous()
+    rows = len(flat)
+    out = x.new_empty(*x.shape[:-1], rank)
+    tall = 16 if rows <= FEW else 64
+    across = max(16, 1 << (rank - 1).bit_length())
+    # Three stages of both tiles in the 99 KB that every card since Ampere has.
+    deep = 256 if tall + across <= 48 else 128 if tall + across <= 128 else 64
+    tile: Any = thin_tile
+    tile[(-(-rows // tall),)](
+        flat, a.contiguous(), alpha.reshape(-1).contiguous(), out, rows, width, rows // alpha.numel(), rank,
+        RANK=across, ROWS=tall, DEEP=deep, num_stages=3,
+    )  # fmt: skip
+    return out
