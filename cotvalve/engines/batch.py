@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SPAN = 8
 """Rows that read the cache together on a CPU: fewer read less past their ends, more make fewer calls."""
 
+WIDE = 1 << 29
+"""Bytes of the widest 16-bit tensor while prompts are read on a GPU."""
+
 Ended = tuple[Encoded, list[int]]
 """A chain that has ended, and its token ids."""
 
@@ -39,6 +42,9 @@ class Batch:
         """Cache lengths are rounded up to this, so that few graphs are captured."""
         self.burst = 8 if self.cuda else 4
         """Decoding steps between two looks at what has finished."""
+        wide = getattr(self.model.config, "intermediate_size", None) or 4 * self.model.config.hidden_size
+        self.prefill = min(65536, max(4096, WIDE // (2 * wide))) if self.cuda else 4096
+        """Prompt tokens read at once: on a GPU so many that launching the kernels takes less time than they do."""
         self.whole = alpha
         self.waiting = deque(waiting)
         self.slots: list[Encoded | None] = [None] * slots
@@ -143,9 +149,9 @@ class Batch:
             self.slots[slot], self.filled[slot] = e, len(e.ids)
             if e.request.temperature > 0:
                 self.uniform[slot, : e.room] = torch.from_numpy(uniforms(e.request)[: e.room]).to(self.device)
-        budget, start = 16384 if self.cuda else 4096, 0
+        start = 0
         while start < len(taken) and (width := len(encoded[start].ids) - 1) > 0:
-            stop = start + max(1, budget // width)
+            stop = start + max(1, self.prefill // width)
             self._prefill(index[start:stop], encoded[start:stop], width)
             start = stop
 
