@@ -97,6 +97,8 @@ def test_most_of_it_runs() -> None:
 LEFT = {"serve": "runs until it is stopped; tests/test_serve.py starts it", "run tiny": "`cotvalve demo` in full"}
 SMALL = {"--limit": "2", "--budgets": "50", "--alphas": "0,1", "--max-new-tokens": "500", "--batch": "4"}
 """Put in place of a command's own values, where its verb has them: the same way, in seconds."""
+BRIEF = {"sweep": {"--max-new-tokens": "80"}}
+"""Only what learns from chains, or is fitted to their lengths, needs them whole."""
 
 
 def lines() -> list[str]:
@@ -120,7 +122,7 @@ def test_the_commands_of_start_md_run_in_their_order(
             continue  # a hub's data set needs a download
         verb = pipeline.VERBS.get(arguments[0])
         fields = verb.settings().model_fields if verb else {}
-        for flag, value in SMALL.items():
+        for flag, value in (SMALL | BRIEF.get(arguments[0], {})).items():
             if flag[2:].replace("-", "_") in fields:
                 arguments = [*arguments, flag, value]
         code, said = command(*arguments)

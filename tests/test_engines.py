@@ -619,6 +619,19 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     assert run(engine("transformers", on=turned), mixture(6)) == expected
 
 
+def test_kernels_that_do_not_compile_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = Valve(models.llama(), models.tokenizer(["</think>"]), direction())
+    expected = run(engine("transformers", on=turned), mixture(6))
+
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gated, "available", lambda _: True)
+    monkeypatch.setattr(thin, "thin", broken)
+    with pytest.warns(UserWarning, match="our kernels are left out.*Failed to find C compiler"):
+        assert run(engine("transformers", on=turned), mixture(6)) == expected
+
+
 @pytest.mark.parametrize("only_attention", [False, True])
 def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only_attention: bool) -> None:
     """The engine with the layers in the kernel's hands, the kernel's arithmetic by PyTorch; a direction without MLP too."""

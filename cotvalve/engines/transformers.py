@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -133,9 +134,15 @@ class TransformersEngine:
         """What this model's parts may be replaced by: all prove themselves against the model's own first, once."""
         model, dial = self.valve.model, self.valve.dial
         self._faster = [*fused_norms(model)] if model.device.type == "cuda" else []
-        if gated.available(model):
+        if not gated.available(model):
+            return
+        try:
             self._thin = dial is not None and thin.proves(dial.inlets)
             self._faster += gated.gated_layers(model, dial)
+        except torch.OutOfMemoryError:
+            raise
+        except gated.failures() as error:
+            warnings.warn(f"our kernels are left out, PyTorch's are slower: {type(error).__name__}: {error}", stacklevel=2)
 
     def slots_that_fit(self, longest: int) -> int:
         """Slots whose caches fit the free memory, for chains of `longest` tokens with their prompt."""
