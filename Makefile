@@ -15,8 +15,10 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: .venv/installed
 	.venv/bin/cotvalve demo --out runs/demo
 
+# Two processes with a thread each pass the tests in half the time of one with two; a file's fixtures stay together.
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev
 	.venv/bin/ruff check .
