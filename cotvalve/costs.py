@@ -96,17 +96,21 @@ class TrainingMemory:
     learned: float
     """What is learned, its gradient and Adam's two moments, all fp32."""
     kept: Range
+    """Activations of as many rows as go through the model at once where memory is no matter."""
+    least: float
+    """Activations of what the portions shrink to when they do not fit: the longest row, or the micro_batch that was asked for."""
     logits: float
 
     def cards(self, card: Card) -> int:
         """Cards that hold it with weights and optimizer sharded over them; 0 when the activations alone are too large."""
-        room = card.memory - RESERVED - self.logits - self.kept.high
-        return math.ceil((self.weights + self.learned) / room) if room > 0 else 0
+        rooms = [card.memory - RESERVED - self.logits - kept for kept in (self.kept.high, self.least)]
+        return min((math.ceil((self.weights + self.learned) / room) for room in rooms if room > 0), default=0)
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "learned with AdamW": self.learned, "slice of logits": self.logits}
         parts = {name: size for name, size in parts.items() if size}
-        return ", ".join(f"{name} {Range.of(size / GIB)}" for name, size in parts.items()) + f", activations {self.kept / GIB}"
+        told = ", ".join(f"{name} {Range.of(size / GIB)}" for name, size in parts.items()) + f", activations {self.kept / GIB}"
+        return told + (f" (down to {Range.of(self.least / GIB)} where memory is short)" if self.least < self.kept.low else "")
 
 
 def training_memory(model: Architecture, settings: TrainSettings, length: Range) -> TrainingMemory:
@@ -120,6 +124,7 @@ def training_memory(model: Architecture, settings: TrainSettings, length: Range)
         weights=model.parameters * 2.0 if settings.full else model.bytes(settings),
         learned=learned * 16.0,
         kept=at_once * model.kept(settings.gradient_checkpointing) * ALLOCATOR,
+        least=longest * (settings.micro_batch or 1) * model.kept(settings.gradient_checkpointing) * ALLOCATOR,
         # 16-bit and fp32 logits and their gradients
         logits=min(LOSS_SLICE, at_once.high) * model.vocabulary * 12.0,
     )
@@ -133,7 +138,7 @@ ALLOCATOR = 1.2
 
 def efficiency(model: Architecture) -> Range:
     """Share of a card's published operations that training reaches: small layers leave a large card idle."""
-    return Range(0.15, 0.35) if model.parameters < 4e9 else Range(0.2, 0.45)
+    return Range(0.15, 0.4) if model.parameters < 4e9 else Range(0.2, 0.45)
 
 
 def training_hours(model: Architecture, settings: TrainSettings, tokens: Range, length: Range, card: Card) -> Range:
@@ -190,7 +195,7 @@ def how() -> list[str]:
     return [
         "- Training: 4 operations per weight and token with a LoRA (forward 2, backward 2; frozen weights get no gradient), 6 in full "
         "fine-tuning, 2 more with gradient checkpointing; causal attention 6 x layers x query width x length (8 with "
-        "checkpointing). Hours = operations / (published bf16 rate x 20-45 %; 15-35 % below 4 billion parameters).",
+        "checkpointing). Hours = operations / (published bf16 rate x 20-45 %; 15-40 % below 4 billion parameters).",
         "- Sampling: a step reads the weights and every slot's keys, values and logits at 30-60 % of the published bandwidth (or "
         f"multiplies at half the published rate, if that takes longer), plus {LAUNCH.low * 1e3:g}-{LAUNCH.high * 1e3:g} ms a layer. Hours = steps x tokens / slots.",
         "- Memory in training: weights at 2 bytes (0.52 in 4 bits), 16 bytes for each learned parameter (fp32 with gradient and Adam), "

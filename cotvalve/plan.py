@@ -303,7 +303,7 @@ def _human(plan: _Plan, name: str) -> float | None:
 def _needs(cards: tuple[int, ...]) -> str:
     told = [f"{count} x {card.name}" for count, card in zip(cards, CARDS, strict=True) if count]
     small = [card.name for count, card in zip(cards, CARDS, strict=True) if not count]
-    few = f"its activations alone fill {' and '.join(small)} (a smaller micro_batch helps)" if small else ""
+    few = f"its activations alone fill {' and '.join(small)} (gradient_checkpointing helps, or a shorter max_length)" if small else ""
     return "; ".join(part for part in (f"needs {' or '.join(told)}" if told else "", few) if part)
 
 
