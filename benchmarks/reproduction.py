@@ -4,6 +4,7 @@
     python benchmarks/reproduction.py runs/reproduction/*                          # every table that is there
     python benchmarks/reproduction.py runs/reproduction/* --table main             # Tables 1, 4, 8, 12 and the dial
     python benchmarks/reproduction.py runs/reproduction/* --table table7 --against "solution 0 directly"
+    python benchmarks/reproduction.py runs/reproduction/* --figures docs/reproduction  # the curves and dials as PNG too
 
 A folder is one seed. In it every finished sweep counts, by the first word of its step's name (table7-heldout,
 table7-gsm8k). A sweep of held-out training questions chooses positions, the others are reported: what was measured
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cotvalve import figures
 from cotvalve.baselines import PLAIN, PROMPTED
 from cotvalve.errors import CotvalveError, DataError, SettingError, unknown
 from cotvalve.figures import DASH, alpha_label
@@ -326,6 +328,18 @@ def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: f
     return "\n\n".join(parts) + "\n"
 
 
+def draw(folders: Sequence[Path], only: Sequence[str], draws: int, home: Path) -> list[Path]:
+    """Accuracy against tokens, and tokens against alpha, of every table with a dial, all seeds together; gives the files."""
+    made: list[Path] = []
+    for (name, dataset, apart), here in read(folders).items():
+        if apart or (only and name not in only) or all(None in dial for dial in here.systems.values()):
+            continue
+        points = [line("", system, alpha, here, dataset, draws).point for system, dial in here.systems.items() for alpha in dial]
+        for kind, figure in (("curve", figures.curve), ("dial", figures.dial)):
+            made.append(figures.save(figure(points), home / f"{name}-{dataset}-{kind}.png"))
+    return made
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -334,8 +348,12 @@ def main() -> None:
     parser.add_argument("--against", default=PLAIN, help="the system that all are compared with: at its alpha 1, and along its dial")
     parser.add_argument("--loss", type=float, default=1.0, help="points of held-out accuracy that 'no loss' may cost")
     parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
+    parser.add_argument("--figures", type=Path, help="a folder for the figures")
     given = parser.parse_args()
     try:
+        if given.figures:
+            for path in draw(given.folders, given.table, given.draws, given.figures):
+                print(path, file=sys.stderr)
         print(document(given.folders, given.table, given.against, given.loss, given.draws))
     except CotvalveError as error:
         raise SystemExit(f"reproduction: {error}") from None

@@ -189,6 +189,20 @@ def test_accuracy_at_equal_length_on_paper() -> None:
     assert (ends.low, ends.high) == pytest.approx((-25, 0), abs=6.3)
 
 
+def test_figures_show_every_system_with_all_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders, seen = seeds(tmp_path), list[Any]()
+    monkeypatch.setattr(reproduction.figures, "curve", lambda points, keep=reproduction.figures.curve: seen.extend(points) or keep(points))
+    made = reproduction.draw(folders, [], 99, tmp_path / "figures")
+    assert [path.name for path in made] == ["main-gsm8k-curve.png", "main-gsm8k-dial.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made)
+    assert {point.system for point in seen} == set(reproduction.read(folders)["main", "gsm8k", False].systems)
+    # Both seeds' rows are behind each point.
+    assert all((point.problems, point.samples) == (4, 2) for point in seen)
+    (middle,) = [point.tokens_mean for point in seen if (point.system, point.alpha) == ("A", 0.5)]
+    assert middle == 75  # 50 in one seed, 100 in the other
+    assert reproduction.draw(folders, ["table7"], 99, tmp_path / "none") == []
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no finished sweep"):
