@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, gated, pick, slots, thin
+from cotvalve.engines import Engine, gated, pick, rotation, slots, thin
 from cotvalve.engines.batch import Batch
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
@@ -596,6 +598,41 @@ def test_the_thin_product_is_what_pytorch_computes_apart(rows: int, tokens: int,
     assert torch.allclose(found[finite], wanted[finite], rtol=0.02 if loose else 1e-4, atol=0.3 if loose else 1e-3)
 
 
+@TRITON
+@pytest.mark.parametrize(("dim", "heads", "others"), [(64, 14, 2), (16, 3, 3), (24, 9, 1), (128, 8, 8)])
+@pytest.mark.parametrize(("rows", "tokens", "shared"), [(5, 1, False), (3, 7, False), (3, 7, True)])
+def test_the_rotation_is_that_of_transformers(dim: int, heads: int, others: int, rows: int, tokens: int, shared: bool) -> None:
+    """Heads that fill no block, halves that are no power of two, queries and keys cut as layers cut them; one cos for all rows."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draw = torch.Generator().manual_seed(3)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    joined = some(rows, tokens, heads + others, dim).transpose(1, 2)
+    q, k = joined[:, :heads], joined[:, heads:]
+    cos, sin = some(1 if shared else rows, tokens, dim), some(1 if shared else rows, tokens, dim)
+    found, wanted = rotation.rotated(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours, theirs, rtol=0.01 if dtype == torch.bfloat16 else 1e-6, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_rotation_is_replaced_where_it_is_that_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the kernel's hands, its arithmetic by PyTorch; another formula is left alone; afterwards all is as it was."""
+    model = models.llama()
+    beside = sys.modules[type(model).__module__]
+    own = vars(beside)[rotation.NAME]
+    monkeypatch.setattr(rotation, "rotated", own)
+    ((owner, name, other),) = rotation.fused_rotation(model)
+    assert (owner, name) == (beside, rotation.NAME)
+    with replaced([(owner, name, other)]):
+        assert vars(beside)[rotation.NAME] is other
+    assert vars(beside)[rotation.NAME] is own
+    monkeypatch.setattr(rotation, "rotated", lambda q, k, cos, sin: own(q, k, sin, cos))
+    assert not [*rotation.fused_rotation(model)]
+
+
 def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's chains with alpha * A x in a kernel's hands, the kernel's arithmetic by PyTorch."""
     turned = Valve(models.llama(), models.tokenizer(["</think>"]), direction())
@@ -610,6 +647,7 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     monkeypatch.setattr(thin, "thin", by_parts)
     monkeypatch.setattr(gated, "available", lambda _: True)
     monkeypatch.setattr(gated, "gated_layers", lambda *_: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected
     assert calls > 20
     assert turned.dial is not None
@@ -655,6 +693,7 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     monkeypatch.setattr(gated, "gated", counted)
     monkeypatch.setattr(gated, "available", lambda _: True)
     monkeypatch.setattr(thin, "proves", lambda _: False)
+    monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected
     assert calls > 20
     assert not any("forward" in vars(m) for name, m in turned.model.named_modules() if name.endswith("mlp"))

@@ -67,7 +67,7 @@ def _gated(module: Any, dial: Dial | None) -> Replacement | None:
             wanted, found = module(sample).float(), fused(sample).float()
         if not torch.allclose(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())):
             return None
-    return module, fused
+    return module, "forward", fused
 
 
 def _forward(module: Any, general: Callable[[Tensor], Tensor], dial: Dial | None, x: Tensor) -> Tensor:

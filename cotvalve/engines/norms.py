@@ -30,4 +30,4 @@ def _fused(module: Any) -> Replacement | None:
     sample = torch.linspace(-3, 2, 4 * len(weight), device=weight.device, dtype=weight.dtype).view(4, -1)
     with torch.no_grad():
         wanted, found = module(sample).float(), fused(sample).float()
-    return (module, fused) if torch.allclose(found, wanted, rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6) else None
+    return (module, "forward", fused) if torch.allclose(found, wanted, rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6) else None

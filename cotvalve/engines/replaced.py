@@ -1,24 +1,25 @@
-"""Modules that compute the same by other means while an engine runs."""
+"""Parts of a model that are computed by other means while an engine runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor, nn
-
-Replacement = tuple[nn.Module, Callable[[Tensor], Tensor]]
-"""A module, and the forward that takes the place of its own."""
+Replacement = tuple[object, str, Callable[..., Any]]
+"""What holds it (a layer, or the Python module that a layer calls), its name there, and what takes its place."""
 
 
 @contextmanager
 def replaced(found: Iterable[Replacement]) -> Generator[None]:
-    """The modules with their other forward while inside."""
-    found = list(found)
+    """All of `found` in place while inside."""
+    before: list[tuple[object, str, Any]] = []
     try:
-        for module, forward in found:
-            module.forward = forward
+        for owner, name, other in found:
+            before.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, other)
         yield
     finally:
-        for module, _ in found:
-            vars(module).pop("forward", None)
+        for owner, name, own in reversed(before):
+            # A layer's forward is its class's: nothing of its own is there to be put back.
+            delattr(owner, name) if own is None else setattr(owner, name, own)

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""The kernels of `gated.py` and `thin.py`, apart because Triton is not everywhere."""
+"""The kernels of `gated.py`, `thin.py` and `rotation.py`, apart because Triton is not everywhere."""
 
 import triton
 import triton.language as tl
@@ -53,3 +53,39 @@ def thin_tile(
     by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
     turned = tl.where(by == 0.0, 0.0, total.to(kind).to(tl.float32) * by).to(kind)
     tl.store(out + i[:, None] * rank + r[None, :], turned, mask=(i < rows)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def rotation_tile(
+    q, k, cos, sin, out_q, out_k, tokens, heads_q, heads_k, blocks_q,
+    q_row, q_head, q_token, k_row, k_head, k_token, cos_row, half,
+    HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """x cos + rotate_half(x) sin for HEADS heads of one token of q or k; strides in numbers, `half` of a head's width."""
+    row, token = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
+    block = tl.program_id(1)
+    d = tl.arange(0, HALF)
+    turns = row * cos_row + token * 2 * half + d
+    c1, c2 = tl.load(cos + turns, mask=d < half, other=0.0), tl.load(cos + turns + half, mask=d < half, other=0.0)
+    s1, s2 = tl.load(sin + turns, mask=d < half, other=0.0), tl.load(sin + turns + half, mask=d < half, other=0.0)
+    if block < blocks_q:
+        h = block * HEADS + tl.arange(0, HEADS)
+        turn_heads(q + row * q_row + token * q_token, out_q, q_head, h, heads_q, row * tokens + token, c1, c2, s1, s2, d, half)
+    else:
+        h = (block - blocks_q) * HEADS + tl.arange(0, HEADS)
+        turn_heads(k + row * k_row + token * k_token, out_k, k_head, h, heads_k, row * tokens + token, c1, c2, s1, s2, d, half)
+
+
+@triton.jit
+def turn_heads(x, out, stride, h, heads, place, c1, c2, s1, s2, d, half):
+    """Rounds where PyTorch's two products and their sum do."""
+    inside = (h < heads)[:, None] & (d < half)[None, :]
+    at = x + h[:, None] * stride + d[None, :]
+    first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + half, mask=inside, other=0.0)
+    kind = first.dtype
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    low = (a * c1[None, :].to(tl.float32)).to(kind).to(tl.float32) - (b * s1[None, :].to(tl.float32)).to(kind).to(tl.float32)
+    high = (b * c2[None, :].to(tl.float32)).to(kind).to(tl.float32) + (a * s2[None, :].to(tl.float32)).to(kind).to(tl.float32)
+    to = out + (place * heads + h[:, None]) * 2 * half + d[None, :]
+    tl.store(to, low.to(kind), mask=inside)
+    tl.store(to + half, high.to(kind), mask=inside)

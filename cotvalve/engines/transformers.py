@@ -25,6 +25,7 @@ from cotvalve.engines import gated, thin
 from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.replaced import Replacement, replaced
+from cotvalve.engines.rotation import fused_rotation
 from cotvalve.engines.sampling import Codec, Encoded
 from cotvalve.engines.slots import ATTENTION
 from cotvalve.errors import EngineError
@@ -118,7 +119,7 @@ class TransformersEngine:
 
     @contextmanager
     def fitted(self) -> Generator[None]:
-        """The model as this engine wants it: attention on slots, and on a GPU norms, gated layers and the dial in kernels of their own."""
+        """The model as this engine wants it: attention on slots, and on a GPU norms, rotation, gated layers and the dial in our kernels."""
         model = self.valve.model
         before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(ATTENTION)
@@ -139,6 +140,7 @@ class TransformersEngine:
         try:
             self._thin = dial is not None and thin.proves(dial.inlets)
             self._faster += gated.gated_layers(model, dial)
+            self._faster += fused_rotation(model)
         except torch.OutOfMemoryError:
             raise
         except gated.failures() as error:
