@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, gated, pick, rotation, slots, thin
+from cotvalve.engines import Engine, gated, kernels, pick, rotation, slots, thin
 from cotvalve.engines.batch import Batch
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
@@ -645,7 +645,7 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
         return torch.where(alpha == 0, 0.0, x @ a.t() * alpha)
 
     monkeypatch.setattr(thin, "thin", by_parts)
-    monkeypatch.setattr(gated, "available", lambda _: True)
+    monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(gated, "gated_layers", lambda *_: [])
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected
@@ -664,7 +664,7 @@ def test_kernels_that_do_not_compile_are_left_out_with_a_word(monkeypatch: pytes
     def broken(*_: object) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(gated, "available", lambda _: True)
+    monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(thin, "thin", broken)
     with pytest.warns(UserWarning, match="our kernels are left out.*Failed to find C compiler"):
         assert run(engine("transformers", on=turned), mixture(6)) == expected
@@ -691,7 +691,7 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
         return by_parts(gate, up)
 
     monkeypatch.setattr(gated, "gated", counted)
-    monkeypatch.setattr(gated, "available", lambda _: True)
+    monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(thin, "proves", lambda _: False)
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected

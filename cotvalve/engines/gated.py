@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
-from subprocess import SubprocessError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,22 +24,6 @@ if TYPE_CHECKING:
 ROWS, COLUMNS = 32, 128
 """Of the tile that one program computes."""
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
-
-
-def available(model: nn.Module) -> bool:
-    """Whether the kernel can run for `model`: 16 bits on an NVIDIA card, with Triton."""
-    weight = next(model.parameters())
-    return weight.is_cuda and torch.version.cuda is not None and weight.dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """What a compiler of kernels raises on a machine it does not know."""
-    known: tuple[type[Exception], ...] = (RuntimeError, OSError, SubprocessError)
-    if find_spec("triton") is None:
-        return known
-    from triton.errors import TritonError  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
-
-    return (*known, TritonError)
 
 
 def gated_layers(model: nn.Module, dial: Dial | None) -> Iterator[Replacement]:

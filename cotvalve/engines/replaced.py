@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 Replacement = tuple[object, str, Callable[..., Any]]
-"""What holds it (a layer, or the Python module that a layer calls), its name there, and what takes its place."""
+"""What holds it (a layer, the dial, or the Python module that a layer calls), its name there, and what takes its place."""
+_NOTHING = object()
 
 
 @contextmanager
@@ -16,10 +17,10 @@ def replaced(found: Iterable[Replacement]) -> Generator[None]:
     before: list[tuple[object, str, Any]] = []
     try:
         for owner, name, other in found:
-            before.append((owner, name, vars(owner).get(name)))
+            before.append((owner, name, vars(owner).get(name, _NOTHING)))
             setattr(owner, name, other)
         yield
     finally:
         for owner, name, own in reversed(before):
             # A layer's forward is its class's: nothing of its own is there to be put back.
-            delattr(owner, name) if own is None else setattr(owner, name, own)
+            delattr(owner, name) if own is _NOTHING else setattr(owner, name, own)

@@ -6,32 +6,17 @@ the fp32 alpha. A decoding step of a small model is mostly the number of its ker
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cotvalve.inlets import ADAPTER, Inlets, weight
 
-if TYPE_CHECKING:
-    from cotvalve.valve import Dial
-
 FEW = 4096
 """Rows up to which small tiles fill the card better than large ones."""
 WIDEST = 128
 """The most columns (ranks of layers that share an input, summed up) that one tile holds."""
-
-
-@contextmanager
-def thin_products(dial: Dial) -> Generator[None]:
-    """The dial with this kernel while inside."""
-    dial.kernel = thin
-    try:
-        yield
-    finally:
-        dial.kernel = None
 
 
 def proves(inlets: Inlets) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from cotvalve.engines import gated, thin
+from cotvalve.engines import gated, kernels, thin
 from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.replaced import Replacement, replaced
@@ -65,7 +65,6 @@ class TransformersEngine:
         self.graphs = cuda if graphs is None else graphs and cuda
         self._codec = Codec(valve.model, valve.tokenizer)
         self._faster: list[Replacement] | None = None
-        self._thin = False
 
     def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
         """See `Engine.generate`. Out of memory halves the slots and goes on with what is unfinished."""
@@ -125,25 +124,27 @@ class TransformersEngine:
         model.set_attn_implementation(ATTENTION)
         try:
             if self._faster is None:
-                self._find_faster()
-            with replaced(self._faster or ()), thin.thin_products(self.valve.dial) if self._thin and self.valve.dial else nullcontext():
+                self._faster = list(self._find_faster())
+            with replaced(self._faster):
                 yield
         finally:
             model.set_attn_implementation(before or "sdpa")
 
-    def _find_faster(self) -> None:
+    def _find_faster(self) -> Iterator[Replacement]:
         """What this model's parts may be replaced by: all prove themselves against the model's own first, once."""
         model, dial = self.valve.model, self.valve.dial
-        self._faster = [*fused_norms(model)] if model.device.type == "cuda" else []
-        if not gated.available(model):
+        if model.device.type == "cuda":
+            yield from fused_norms(model)
+        if not kernels.available(model):
             return
         try:
-            self._thin = dial is not None and thin.proves(dial.inlets)
-            self._faster += gated.gated_layers(model, dial)
-            self._faster += fused_rotation(model)
+            if dial is not None and thin.proves(dial.inlets):
+                yield dial, "kernel", thin.thin
+            yield from gated.gated_layers(model, dial)
+            yield from fused_rotation(model)
         except torch.OutOfMemoryError:
             raise
-        except gated.failures() as error:
+        except kernels.failures() as error:
             warnings.warn(f"our kernels are left out, PyTorch's are slower: {type(error).__name__}: {error}", stacklevel=2)
 
     def slots_that_fit(self, longest: int) -> int:
