@@ -5,6 +5,7 @@
     python benchmarks/reproduction.py runs/reproduction/* --table main             # Tables 1, 4, 8, 12 and the dial
     python benchmarks/reproduction.py runs/reproduction/* --table table7 --against "solution 0 directly"
     python benchmarks/reproduction.py runs/reproduction/* --figures docs/reproduction  # the curves and dials as PNG too
+    python benchmarks/reproduction.py runs/reproduction/* --publish results/reproduction --texts 0/main-gsm8k
 
 A folder is one seed. In it every finished sweep counts, by the first word of its step's name (table7-heldout,
 table7-gsm8k). A sweep of held-out training questions chooses positions, the others are reported: what was measured
@@ -17,6 +18,7 @@ such an interval is a lower bound, so every seed's own accuracy stands beside it
 
 import argparse
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +32,7 @@ from cotvalve.baselines import PLAIN, PROMPTED
 from cotvalve.errors import CotvalveError, DataError, SettingError, unknown
 from cotvalve.figures import DASH, alpha_label
 from cotvalve.problems import HELD_OUT
-from cotvalve.records import Json, read_json, read_parquet
+from cotvalve.records import Json, read_json, read_parquet, write_parquet
 from cotvalve.repetition import loops
 from cotvalve.report import number, signed, span, table
 from cotvalve.resampling import Floats, answers, interval, resamples
@@ -41,6 +43,10 @@ Seeds = dict[str, list[Json]]
 """Rows of one system at one position, by run folder."""
 Dial = dict[float | None, Seeds]
 """One system's positions; the plain model and the prompts have only None."""
+
+
+LOOPS = "loops"
+"""Column in place of the text in published rows."""
 
 
 @dataclass
@@ -107,6 +113,11 @@ def read(folders: Sequence[Path]) -> dict[tuple[str, str, bool], Measured]:
     if not found:
         raise DataError(f"{', '.join(map(str, folders))}: no finished sweep in it; name the --out of `cotvalve run recipes/reproduction/...`")
     return found
+
+
+def looped(row: Json) -> bool:
+    """Whether the chain repeats itself; noted in rows that were published without their text."""
+    return row[LOOPS] if LOOPS in row else loops(row["text"])
 
 
 def pooled(seeds: Seeds) -> list[Json]:
@@ -252,7 +263,7 @@ def dial_tables(here: Measured, dataset: str, against: str, draws: int) -> list[
         "accuracy %": lambda row: f"{number(row.point.accuracy)} [{span(row.point.accuracy_ci)}]",
         "mean tokens": lambda row: f"{number(row.point.tokens_mean)} [{span(row.point.tokens_mean_ci)}]",
         "truncated %": lambda row: share(row, lambda each: each["finish"] == "length"),
-        "degenerate %": lambda row: share(row, lambda each: each["finish"] == "length" or loops(each["text"])),
+        "degenerate %": lambda row: share(row, lambda each: each["finish"] == "length" or looped(each)),
     }
     travels: list[Travel] = []
     for name, dial in dials.items():
@@ -340,6 +351,27 @@ def draw(folders: Sequence[Path], only: Sequence[str], draws: int, home: Path) -
     return made
 
 
+def publish(folders: Sequence[Path], home: Path, texts: Sequence[str]) -> None:
+    """What a repository keeps of run folders: settings, facts, counts, and rows, nearly all of whose bytes are the texts.
+
+    `texts` names the sweeps, as FOLDER/STEP, that keep them.
+    """
+    for step in sorted(path.parent for folder in folders for path in folder.glob("*/run.json")):
+        target = home / step.parent.name / step.name
+        kept = [path for name in ("run.json", "train.json", "mix.json") if (path := step / name).exists()]
+        if (step / "rows.parquet").exists():
+            rows = read_parquet(step / "rows.parquet")
+            if f"{step.parent.name}/{step.name}" not in texts:
+                rows = [{**{key: value for key, value in row.items() if key != "text"}, LOOPS: looped(row)} for row in rows]
+            target.mkdir(parents=True, exist_ok=True)
+            write_parquet(target / "rows.parquet", rows, level=19)
+        elif len(kept) < 2:
+            continue  # not finished
+        for path in kept:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -349,8 +381,13 @@ def main() -> None:
     parser.add_argument("--loss", type=float, default=1.0, help="points of held-out accuracy that 'no loss' may cost")
     parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
     parser.add_argument("--figures", type=Path, help="a folder for the figures")
+    parser.add_argument("--publish", type=Path, help="a folder for the small parts of the runs, in place of the tables")
+    parser.add_argument("--texts", action="append", default=[], help="FOLDER/STEP of a sweep that keeps its texts there; can be given several times")
     given = parser.parse_args()
     try:
+        if given.publish:
+            publish(given.folders, given.publish, given.texts)
+            return
         if given.figures:
             for path in draw(given.folders, given.table, given.draws, given.figures):
                 print(path, file=sys.stderr)

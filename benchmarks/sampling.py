@@ -145,7 +145,7 @@ def run(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     began = time.monotonic()
     engine = make(part, args)
     start = time.monotonic() - began
-    found["engine"] = engine.facts()["engine"] if hasattr(engine, "facts") else engine.name
+    found["engine"] = engine.facts()["engine"]
     if args.check and part == "dial":
         found["smoke"] = smoke(engine, args)
     bare, stock = part in BARE.values(), part.startswith("stock")
@@ -353,6 +353,14 @@ def engine_profile(args: argparse.Namespace, part: str) -> dict[str, Any]:
     grid = [0.0] if part in BARE.values() else [round(1.5 * i / 8, 6) for i in range(1, 9)]
     encoded, _ = engine._codec.encode(requests_of(engine.valve, grid, "profile", slots, args.tokens))
     cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+
+    def spent(seen: Any, steps: float) -> dict[str, Any]:
+        events = [event for event in seen.key_averages() if not cuda or event.device_type.name != "CPU"]
+        took = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / steps / 1e3 for event in events}
+        top = [[name[:110], round(ms, 4)] for name, ms in sorted(took.items(), key=lambda pair: -pair[1])[:25]]
+        return {"busy_ms": sum(took.values()), "kernels": int(sum(event.count for event in events) / steps), "top_ms": top}
+
     with engine.fitted():
         batch = Batch(engine, encoded, slots, 0.0)
 
@@ -366,14 +374,16 @@ def engine_profile(args: argparse.Namespace, part: str) -> dict[str, Any]:
         first = burst(1) * batch.burst
         burst(4)
         plain = burst(6)
-        with watch(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        with watch(activities=activities) as seen:
             burst(2)
-    events = [event for event in seen.key_averages() if not cuda or event.device_type.name != "CPU"]
-    spent = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 2 / batch.burst / 1e3 for event in events}
-    top = sorted(spent.items(), key=lambda pair: -pair[1])[:25]
+        step = spent(seen, 2 * batch.burst)
+        del batch
+        batch = Batch(engine, encoded, slots, 0.0)
+        with watch(activities=activities) as seen:
+            burst(1)
+    # The prompts of all slots, and the first burst with the capture of its graph.
     return {
-        "engine": engine.name, "slots": slots, "first_burst_ms": first, "step_ms": plain, "busy_ms": sum(spent.values()),
-        "kernels": sum(event.count for event in events) // (2 * batch.burst), "top_ms": [[name[:110], round(ms, 4)] for name, ms in top],
+        "engine": engine.name, "slots": slots, "first_burst_ms": first, "step_ms": plain, **step, "first": spent(seen, 1),
     }  # fmt: skip
 
 

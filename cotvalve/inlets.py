@@ -22,6 +22,10 @@ TAME = 2.0**40
 
 Turned = Callable[[Tensor, Tensor], Tensor]
 """alpha * A x of x [..., in] and A [r, in]."""
+Branch = Callable[[Tensor, Tensor, Tensor, Sequence[tuple[Tensor, Tensor, float]]], None]
+"""Adds s B (alpha A x) in place: of x, A of all layers of an inlet, alpha, and each layer's W x, B and s."""
+FEW = 4096
+"""Rows up to which a product is mostly the start of its kernel."""
 
 
 def weight(side: nn.Module) -> Tensor:
@@ -32,10 +36,13 @@ def weight(side: nn.Module) -> Tensor:
 class Inlet:
     """A of the layers that read the same input, one below the other."""
 
-    def __init__(self, layers: Sequence[LoraLinear]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[LoraLinear], names: Sequence[str]) -> None:
+        """`names` are those that layers of this input go by."""
+        self.layers, self.names = layers, names
         self.down: Tensor | None = None
         """[sum of ranks, in], or None where the layers' A cannot be one matrix."""
+        self.branch: Branch | None = None
+        """An engine's kernel for few rows."""
         self.forget()
 
     def read(self) -> None:
@@ -52,7 +59,25 @@ class Inlet:
 
     def forget(self) -> None:
         """Lets go of the last input."""
-        self.x = self.turned = None
+        self.x = self.turned = self.made = None
+
+    @property
+    def whole(self) -> Tensor | None:
+        """A of all layers."""
+        return weight(self.layers[0].lora_A[ADAPTER]) if len(self.layers) == 1 else self.down
+
+    def outputs(self, layer: LoraLinear, x: Tensor, alpha: Tensor) -> Tensor:
+        """W x + s B (alpha A x) for one of the layers, made with the others' when the first of them asks."""
+        assert self.branch is not None
+        assert self.whole is not None
+        if self.x is not x or self.made is None:
+            sides = [(one.base_layer(x), weight(one.lora_B[ADAPTER]), one.scaling[ADAPTER]) for one in self.layers]
+            self.branch(x, self.whole, alpha, sides)
+            self.x, self.made = x, {one: side[0] for one, side in zip(self.layers, sides, strict=True)}
+        out = self.made[layer]
+        if layer is self.layers[-1]:
+            self.forget()
+        return out
 
     def product(self, layer: LoraLinear, x: Tensor, turned: Turned) -> Tensor:
         """alpha * A x for one of the layers, made with the others' when the first of them asks."""
@@ -82,22 +107,21 @@ class Inlets:
         """Whether A and B of every layer are finite; and small enough that A x cannot be infinite."""
         self._stamp: object = None
 
-    def parts(self, layer: nn.Module, x: Tensor, turned: Turned | None) -> Parts | None:
+    def parts(self, layer: nn.Module, x: Tensor, turned: Turned | None, alpha: Callable[[Tensor], Tensor]) -> Parts | None:
         """The parts of a LoRA layer's output, `turned` None where the valve is closed; None where only PEFT's own forward
-        will do: with gradients, or a layer that is not plain LoRA in x's dtype."""
-        if type(layer) is not LoraLinear or layer not in self.of:
+        will do: with gradients, or a layer that is not plain LoRA in x's dtype. An engine's kernel leaves nothing to add."""
+        if type(layer) is not LoraLinear or layer not in self.of or torch.is_grad_enabled() or not _usual(layer, x):
             return None
-        b = weight(layer.lora_B[ADAPTER])
-        usual = not (layer.disable_adapters or layer.merged) and layer.active_adapters == [ADAPTER]
-        if torch.is_grad_enabled() or not usual or b.dtype != x.dtype:
-            return None
+        b, inlet = weight(layer.lora_B[ADAPTER]), self.of[layer]
         scale: float = layer.scaling[ADAPTER]
         if turned is None:
             return layer.base_layer(x), None, None, scale
         if not self.finite or layer.lora_bias[ADAPTER]:
             return None
+        if inlet.branch is not None and x.numel() <= FEW * x.shape[-1] and all(_usual(one, x) and not one.lora_bias[ADAPTER] for one in inlet.layers):
+            return inlet.outputs(layer, x, alpha(x)), None, None, scale
         y = layer.base_layer(x)
-        return y, self.of[layer].product(layer, x, turned).view(-1, b.shape[1]), b, scale
+        return y, inlet.product(layer, x, turned).view(-1, b.shape[1]), b, scale
 
     def look(self) -> None:
         """Takes note of the factors where they have changed. Read at every step of an engine without graphs: microseconds."""
@@ -116,6 +140,12 @@ class Inlets:
             inlet.read()
 
 
+def _usual(layer: LoraLinear, x: Tensor) -> bool:
+    """Whether it is the adapter and nothing else that acts, in x's dtype."""
+    alone = not (layer.disable_adapters or layer.merged) and layer.active_adapters == [ADAPTER]
+    return alone and weight(layer.lora_B[ADAPTER]).dtype == x.dtype
+
+
 def _by_layer(layers: Mapping[str, LoraLinear]) -> dict[LoraLinear, Inlet]:
     found: dict[LoraLinear, Inlet] = {}
     for name, layer in layers.items():
@@ -123,5 +153,5 @@ def _by_layer(layers: Mapping[str, LoraLinear]) -> dict[LoraLinear, Inlet]:
         together = next((names for names in SAME_INPUT if own in names), (own,))
         beside = [layers[sibling] for n in together if (sibling := f"{parent}.{n}".lstrip(".")) in layers]
         if layer not in found:
-            found |= dict.fromkeys(beside, Inlet(beside))
+            found |= dict.fromkeys(beside, Inlet(beside, together))
     return found

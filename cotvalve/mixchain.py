@@ -138,6 +138,8 @@ def sample_rows(
     by_id = {problem.id: problem for problem in problems}
     have = run.rows.keys()
     todo = [request for request in requests if prefix + request.id not in have]
+    if todo:
+        run.note(engine.facts())
     for completion in engine.generate(todo, progress):
         name, _, sample = completion.id.rsplit("|", 2)
         run.rows.add(prefix + completion.id, row(by_id[name], completion, int(sample)))

@@ -15,7 +15,7 @@ import platform
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,14 +135,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_parquet(path: Path, rows: Iterable[Json]) -> None:
-    """Writes rows with the same keys as one Parquet file, whole or not at all."""
+def write_parquet(path: Path, rows: Iterable[Json], level: int | None = None) -> None:
+    """Writes rows with the same keys as one Parquet file, whole or not at all; `level` is zstd's, 1 to 22."""
     import pyarrow
     import pyarrow.parquet
 
     part = path.with_name(f".{path.name}.part")
     with disk(path):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), part, compression="zstd")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), part, compression="zstd", compression_level=level)
         os.replace(part, path)
 
 
@@ -221,6 +221,14 @@ class Run:
             self.facts = {**versions(), **(facts or {})}
             write_json(record, {"verb": verb, "settings": settings, "facts": self.facts})
         self.rows = RowStore(folder / "rows.sqlite")
+
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Adds what is known only once the run goes on; where it went on otherwise than before, both are said."""
+        for name, value in facts.items():
+            said = str(self.facts.get(name, ""))
+            if value not in said.split("; "):
+                self.facts[name] = f"{said}; {value}" if said else value
+                write_json(self.folder / "run.json", {**read_json(self.folder / "run.json"), "facts": self.facts})
 
     def __enter__(self) -> "Run":
         return self

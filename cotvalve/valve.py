@@ -75,7 +75,7 @@ class Dial:
 
     def parts(self, layer: nn.Module, x: Tensor) -> Parts | None:
         """See `Inlets.parts`; without the branch where the valve is closed."""
-        return self.inlets.parts(layer, x, None if self._alpha is None else self._turned)
+        return self.inlets.parts(layer, x, None if self._alpha is None else self._turned, self._for)
 
     def _turned(self, x: Tensor, a: Tensor) -> Tensor:
         """alpha * A x: bf16 times the fp32 alpha in one pass."""

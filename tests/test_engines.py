@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, gated, kernels, pick, rotation, slots, thin
+from cotvalve.engines import Engine, attend, branch, gated, kernels, pick, rotation, slots, thin
 from cotvalve.engines.batch import Batch
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
@@ -553,8 +554,9 @@ TRITON = pytest.mark.skipif(
 
 
 @TRITON
+@pytest.mark.parametrize("tile", gated.TILES)
 @pytest.mark.parametrize("dial", [False, True], ids=["closed", "turned"])
-def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool) -> None:
+def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated.Tile) -> None:
     """Rows, columns and ranks that fill no tile; both branches cut from one product, as an inlet gives them."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     draw = torch.Generator().manual_seed(1)
@@ -571,7 +573,7 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool) -> None:
         (y[:, 0] if thin is None or b is None else torch.addmm(y[:, 0], thin, b.t(), alpha=scale)) for y, thin, b, scale in sides
     ]
     wanted = torch.nn.functional.silu(wide[0]) * wide[1]
-    found = gated.gated(*sides)[:, 0]
+    found = gated.gated(*sides, tile)[:, 0]
     assert torch.allclose(found, wanted, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
 
 
@@ -618,6 +620,50 @@ def test_the_rotation_is_that_of_transformers(dim: int, heads: int, others: int,
         assert torch.allclose(ours, theirs, rtol=0.01 if dtype == torch.bfloat16 else 1e-6, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
 
 
+@TRITON
+@pytest.mark.parametrize(("dim", "heads", "others"), [(64, 14, 2), (128, 12, 2), (24, 3, 3), (16, 40, 2), (80, 8, 1)])
+@pytest.mark.parametrize("tile", attend.TILES)
+def test_our_attention_is_that_of_each_row(dim: int, heads: int, others: int, tile: attend.Tile) -> None:
+    """Query heads that fill no tile, rows that end in and at the edge of a block, queries cut as layers cut them, old keys behind an end."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draw, length = torch.Generator().manual_seed(4), 160
+    used = torch.tensor([1, 31, 64, 65, 160], dtype=torch.int32, device=device)
+    query = torch.randn(5, heads + others, dim, generator=draw).to(device, dtype)[:, :heads]
+    key, value = (torch.randn(6 * length, others, dim, generator=draw).to(device, dtype) for _ in range(2))
+    for row in range(4):
+        key[row * length + int(used[row]) : (row + 1) * length] = torch.nan
+        value[row * length + int(used[row]) : (row + 1) * length] = torch.inf
+    numbers = torch.arange(6, dtype=torch.int32, device=device)
+    ends = slots.Ends(numbers, numbers * length, used, length)
+    for scaling in (None, 0.3):
+        found, wanted = attend.attended(tile, query, key, value, ends, scaling), by_rows(query.float(), key.float(), value.float(), ends, scaling)
+        assert found.shape == wanted.shape
+        assert torch.allclose(found.float(), wanted, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_our_attention_is_taken_where_it_is_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With clocks and kernels of the test's own: the fastest of the right ones, or none."""
+    model, took = models.llama(), {None: 5.0, 32: 4.0, 64: 3.0, 128: 2.0}
+    monkeypatch.setattr(slots, "reads_rows", lambda _: True)
+    monkeypatch.setattr(slots, "read_rows", by_rows)
+    monkeypatch.setattr(attend, "ROWS", 3)
+    monkeypatch.setattr(attend, "LENGTH", 8)
+
+    def ours(tile: attend.Tile, *given: Any) -> Tensor:
+        return by_rows(*given) * (1.2 if tile.keys == 128 else 1.0)
+
+    def seconds(work: Any) -> float:
+        tile = work.args[0] if isinstance(work.args[0], attend.Tile) else None
+        return took[tile and tile.keys]
+
+    monkeypatch.setattr(attend, "attended", ours)
+    monkeypatch.setattr(kernels, "seconds", seconds)
+    ((owner, name, best),) = attend.faster_attention(model)
+    assert (owner, name, best.args[0].keys) == (slots, "read_rows", 64)
+    took[None] = 1.0
+    assert not [*attend.faster_attention(model)]
+
+
 def test_rotation_is_replaced_where_it_is_that_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the kernel's hands, its arithmetic by PyTorch; another formula is left alone; afterwards all is as it was."""
     model = models.llama()
@@ -648,6 +694,7 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(gated, "gated_layers", lambda *_: [])
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected
     assert calls > 20
     assert turned.dial is not None
@@ -655,6 +702,74 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     # A kernel that is wrong on this card proves nothing and is left alone.
     monkeypatch.setattr(thin, "thin", lambda x, a, alpha: 1.1 * by_parts(x, a, alpha))
     assert run(engine("transformers", on=turned), mixture(6)) == expected
+
+
+@TRITON
+@pytest.mark.parametrize("spread", branch.SPREADS)
+@pytest.mark.parametrize(("rows", "tokens", "alphas"), [(37, 1, 37), (5, 9, 45), (3, 7, 1)])
+@pytest.mark.parametrize(("width", "out", "ranks"), [(96, (300, 64, 64), (4, 4, 4)), (300, (130,), (24,)), (520, (96, 260), (3, 16))])
+def test_a_branch_adds_what_pytorch_adds_apart(
+    spread: int, rows: int, tokens: int, alphas: int, width: int, out: tuple[int, ...], ranks: tuple[int, ...]
+) -> None:
+    """Layers of other widths and ranks, which fill no tile; closed rows stay as they are, whatever A x is there."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draw = torch.Generator().manual_seed(5)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    x, a = some(rows, tokens, width), some(sum(ranks), width)
+    sides = [(some(rows, tokens, wide), some(wide, rank), scale) for wide, rank, scale in zip(out, ranks, (0.5, 2.0, 1.0), strict=False)]
+    alpha = torch.randn({1: (1, 1, 1), rows: (rows, 1, 1)}.get(alphas, (rows, tokens, 1)), generator=draw).to(device)
+    if alphas > 1:
+        alpha[0, 0, 0] = 0
+        x[0, 0, 0] = torch.inf
+    thin_ = torch.where(alpha == 0, 0.0, (x @ a.t()) * alpha).to(dtype).split(ranks, -1)
+    before = [side[0].clone() for side in sides]
+    branch.branched(spread, x, a, alpha, sides)
+    for y, t, (found, b, scale) in zip(before, thin_, sides, strict=True):
+        wanted = (y.float() + scale * (t @ b.t()).float()).to(dtype)
+        if alphas > 1:
+            assert torch.equal(found[0, 0], y[0, 0])
+        finite = wanted.isfinite()
+        loose = dtype == torch.bfloat16
+        assert torch.allclose(found[finite], wanted[finite], rtol=0.03 if loose else 1e-4, atol=0.5 if loose else 1e-3)
+
+
+def test_branches_are_taken_where_they_are_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's arithmetic by PyTorch and the test's own clock: the same chains, the gated layers left out, all given back."""
+    monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
+    turned = Valve(models.llama(), models.tokenizer(["</think>"]), direction())
+    expected = run(engine("transformers", on=turned), mixture(6))
+    dial = turned.dial
+    assert dial is not None
+    calls: list[int] = []
+
+    def by_parts(spread: int, x: Tensor, a: Tensor, alpha: Tensor, sides: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+        calls.append(len(sides))
+        thin_ = torch.where(alpha == 0, 0.0, (x @ a.t()) * alpha).split([side[1].shape[1] for side in sides], -1)
+        for t, (y, b, scale) in zip(thin_, sides, strict=True):
+            y.add_((t @ b.t()) * scale * (wrong if spread == branch.SPREADS[0] else 1.0))
+
+    def seconds(work: Any) -> float:
+        work()
+        tried = next((inlet.branch.args[0] for inlet in dial.inlets.of.values() if inlet.branch), None)
+        return took[tried]
+
+    monkeypatch.setattr(branch, "branched", by_parts)
+    monkeypatch.setattr(kernels, "seconds", seconds)
+    wrong, took = 2.0, {None: 3.0, branch.SPREADS[0]: 1.0, branch.SPREADS[1]: 2.0}
+    found = [*branch.faster_branches(dial)]
+    assert {other.args[0] for _, _, other in found} == {branch.SPREADS[1]}  # the fastest is wrong
+    assert not any("gate_proj" in owner.names for owner, _, _ in found)
+    assert len(found) == 3 * turned.model.config.num_hidden_layers  # q, k, v; o; down
+    monkeypatch.setattr(TransformersEngine, "_find_faster", lambda _: iter(found))
+    calls.clear()
+    assert run(engine("transformers", on=turned), mixture(6)) == expected
+    assert set(calls) == {1, 3}
+    assert not any(inlet.branch for inlet in dial.inlets.of.values())
+    took[None] = 0.5
+    assert not [*branch.faster_branches(dial)]
 
 
 def test_kernels_that_do_not_compile_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,15 +800,30 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     expected = run(engine("transformers", on=turned), mixture(6))
     calls = 0
 
-    def counted(gate: Parts, up: Parts) -> Tensor:
+    def counted(gate: Parts, up: Parts, tile: gated.Tile) -> Tensor:
         nonlocal calls
         calls += 1
+        tiles.add(tile)
         return by_parts(gate, up)
 
+    tiles: set[gated.Tile] = set()
+
+    def seconds(work: Any) -> float:
+        work()
+        return -work.args[2].columns  # the widest is the fastest
+
+    monkeypatch.setattr(gated, "MANY", 8)
+    monkeypatch.setattr(kernels, "seconds", seconds)
     monkeypatch.setattr(gated, "gated", counted)
     monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(thin, "proves", lambda _: False)
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
-    assert run(engine("transformers", on=turned), mixture(6)) == expected
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda _: [])
+    of = engine("transformers", on=turned)
+    assert run(of, mixture(6)) == expected
+    assert tiles == set(gated.TILES)
+    tiles.clear()
+    assert run(of, mixture(6)) == expected
+    assert {tile.columns for tile in tiles} == {256}
     assert calls > 20
     assert not any("forward" in vars(m) for name, m in turned.model.named_modules() if name.endswith("mlp"))

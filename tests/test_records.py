@@ -227,6 +227,19 @@ def test_a_run_goes_on_in_its_folder_and_keeps_its_first_facts(tmp_path: Path) -
     assert {"python", "cotvalve", "torch", "transformers", "peft"} <= found["facts"].keys()
 
 
+def test_a_run_says_what_it_learns_on_the_way_and_where_it_went_on_otherwise(tmp_path: Path) -> None:
+    with Run(tmp_path / "r", "sweep", {"seed": 0}) as at:
+        at.rows.add("a", {"n": 1})
+        at.note({"engine": "vllm 1, dial"})
+        at.note({"engine": "vllm 1, dial"})
+    with Run(tmp_path / "r", "sweep", {"seed": 0}) as at:
+        at.note({"engine": "transformers"})
+        at.note({"engine": "vllm 1, dial"})
+    found = read_json(tmp_path / "r" / "run.json")
+    assert found["facts"] == at.facts
+    assert (found["facts"]["engine"], found["settings"]) == ("vllm 1, dial; transformers", {"seed": 0})
+
+
 @pytest.mark.parametrize(
     ("verb", "settings", "facts", "says"),
     [

@@ -39,6 +39,10 @@ class Engine(Protocol):
         """
         ...
 
+    def facts(self) -> dict[str, str]:
+        """What a run has to say about its engine."""
+        ...
+
 
 def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, longest: int = 0, gpus: int = 1) -> Engine:
     """The engine called `name` on `valve`; 'auto' takes the fastest one that supports the model.

@@ -10,30 +10,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cotvalve.engines import kernels
 from cotvalve.engines.replaced import Replacement
 from cotvalve.inlets import Parts
 
 if TYPE_CHECKING:
     from cotvalve.valve import Dial
 
-ROWS, COLUMNS = 32, 128
-"""Of the tile that one program computes."""
+
+class Tile(NamedTuple):
+    """What one program computes."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILES = (Tile(32, 128, 4), Tile(64, 64, 4), Tile(16, 256, 4), Tile(64, 128, 8))
+"""Which one is fastest is measured on the card, for each shape."""
+MANY = 2048
+"""Rows of that measurement: a full batch."""
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 def gated_layers(model: nn.Module, dial: Dial | None) -> Iterator[Replacement]:
     """Layers of that formula, computed by the kernel."""
+    best: dict[torch.Size, Tile] = {}
     for module in model.modules():
-        if found := _gated(module, dial):
+        if found := _gated(module, dial, best):
             yield found
 
 
-def _gated(module: Any, dial: Dial | None) -> Replacement | None:
+def _gated(module: Any, dial: Dial | None, best: dict[torch.Size, Tile]) -> Replacement | None:
     if not all(hasattr(module, part) for part in PARTS) or "forward" in vars(module):
         return None
     if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
@@ -41,7 +54,10 @@ def _gated(module: Any, dial: Dial | None) -> Replacement | None:
     base = getattr(module.gate_proj, "base_layer", module.gate_proj)
     if type(base) is not nn.Linear:  # quantized, for one
         return None
-    fused, weight = partial(_forward, module, module.forward, dial), base.weight
+    weight = base.weight
+    if weight.shape not in best:
+        best[weight.shape] = _fastest(module, dial, weight)
+    fused = partial(_forward, module, module.forward, dial, best[weight.shape])
     # Names are not enough (some models scale or clamp in between), and neither is one card's Triton for another's.
     sample = torch.linspace(-2, 2, 3 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
     for position in (nullcontext(), nullcontext() if dial is None else dial.at(1.0)):
@@ -52,14 +68,26 @@ def _gated(module: Any, dial: Dial | None) -> Replacement | None:
     return module, "forward", fused
 
 
-def _forward(module: Any, general: Callable[[Tensor], Tensor], dial: Dial | None, x: Tensor) -> Tensor:
+def _fastest(module: Any, dial: Dial | None, like: Tensor) -> Tile:
+    x = torch.randn(MANY, 1, like.shape[1], device=like.device, dtype=like.dtype)
+    with torch.no_grad(), nullcontext() if dial is None else dial.at(torch.linspace(-1, 1.5, MANY, device=like.device)):
+        gate, up = _sides(module, dial, x)
+        if gate is None or up is None or (gate[1] is None) != (up[1] is None):
+            return TILES[0]
+        return min(TILES, key=lambda tile: kernels.seconds(partial(gated, gate, up, tile)))
+
+
+def _forward(module: Any, general: Callable[[Tensor], Tensor], dial: Dial | None, tile: Tile, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return general(x)
-    sides = [_side(layer, dial, x) for layer in (module.gate_proj, module.up_proj)]
-    gate, up = sides
+    gate, up = _sides(module, dial, x)
     if gate is None or up is None or (gate[1] is None) != (up[1] is None):
         return general(x)
-    return module.down_proj(gated(gate, up))
+    return module.down_proj(gated(gate, up, tile))
+
+
+def _sides(module: Any, dial: Dial | None, x: Tensor) -> list[Parts | None]:
+    return [_side(layer, dial, x) for layer in (module.gate_proj, module.up_proj)]
 
 
 def _side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
@@ -68,7 +96,7 @@ def _side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
     return dial.parts(layer, x) if dial is not None else None
 
 
-def gated(gate: Parts, up: Parts) -> Tensor:
+def gated(gate: Parts, up: Parts, tile: Tile = TILES[0]) -> Tensor:
     """silu(W_g x + s_g B_g t_g) * (W_u x + s_u B_u t_u), rounded to the tensors' dtype where PyTorch would."""
     from cotvalve.engines.tiles import gated_tile
 
@@ -80,8 +108,9 @@ def gated(gate: Parts, up: Parts) -> Tensor:
     dial = gate[1] is not None
     ranks = [b.shape[1] if dial else 1 for b in (b_g, b_u)]
     tiles: Any = gated_tile
-    tiles[-(-rows // ROWS), -(-width // COLUMNS)](
+    tiles[-(-rows // tile.rows), -(-width // tile.columns)](
         y, up[0], turned_g, b_g, turned_u, b_u, out, rows, width, turned_g.stride(0), turned_u.stride(0), gate[3], up[3], *ranks,
-        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), DIAL=dial, ROWS=ROWS, COLUMNS=COLUMNS,
+        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), DIAL=dial, ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out

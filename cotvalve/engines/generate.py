@@ -28,6 +28,10 @@ class GenerateEngine:
         self.batch = batch or (64 if valve.model.device.type == "cuda" else 16)
         self._codec = Codec(valve.model, valve.tokenizer)
 
+    def facts(self) -> dict[str, str]:
+        """See `Engine.facts`."""
+        return {"engine": self.name}
+
     def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
         """See `Engine.generate`."""
         encoded, refused = self._codec.encode(list(requests))

@@ -1,7 +1,8 @@
-"""Where our kernels can run, and what it looks like when they cannot."""
+"""Where our kernels can run, how long they take, and what it looks like when they cannot."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from subprocess import SubprocessError
 
@@ -13,6 +14,23 @@ def available(model: nn.Module) -> bool:
     """Whether kernels can run for `model`: 16 bits on an NVIDIA card, with Triton (it comes with torch)."""
     weight = next(model.parameters())
     return weight.is_cuda and torch.version.cuda is not None and weight.dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
+
+
+def seconds(work: Callable[[], object], times: int = 8) -> float:
+    """Of one call of `work`, as a graph replays it: without what the processor takes to start kernels. The best of five."""
+    work()  # compiles
+    graph, found = torch.cuda.CUDAGraph(), list[float]()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            work()
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / times / 1e3)
+    return min(found)
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotvalve.inlets import ADAPTER, Inlets, weight
+from cotvalve.inlets import ADAPTER, FEW, Inlets, weight
 
-FEW = 4096
-"""Rows up to which small tiles fill the card better than large ones."""
 WIDEST = 128
 """The most columns (ranks of layers that share an input, summed up) that one tile holds."""
 
@@ -50,7 +48,7 @@ def thin(x: Tensor, a: Tensor, alpha: Tensor) -> Tensor:
     flat = x.reshape(-1, width).contiguous()
     rows = len(flat)
     out = x.new_empty(*x.shape[:-1], rank)
-    tall = 16 if rows <= FEW else 64
+    tall = 16 if rows <= FEW else 64  # small tiles fill the card with few rows
     across = max(16, 1 << (rank - 1).bit_length())
     # Three stages of both tiles in the 99 KB that every card since Ampere has.
     deep = 256 if tall + across <= 48 else 128 if tall + across <= 128 else 64

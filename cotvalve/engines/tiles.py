@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""The kernels of `gated.py`, `thin.py` and `rotation.py`, apart because Triton is not everywhere."""
+"""The kernels of `gated.py`, `thin.py`, `branch.py`, `rotation.py` and `attend.py`, apart because Triton is not everywhere."""
 
 import triton
 import triton.language as tl
@@ -43,16 +43,57 @@ def thin_tile(
     """alpha * A x for ROWS rows of `out` [rows, rank]: x is [rows, width], a [rank, width], alpha one number for `tokens` rows each."""
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     r = tl.arange(0, RANK)
+    turned = turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS, RANK, DEEP)
+    tl.store(out + i[:, None] * rank + r[None, :], turned, mask=(i < rows)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS: tl.constexpr, RANK: tl.constexpr, DEEP: tl.constexpr):
+    """alpha * A x of the rows i, rounded after the product and after alpha; 0 where alpha is."""
     total = tl.zeros([ROWS, RANK], dtype=tl.float32)
     for start in range(0, width, DEEP):
         k = start + tl.arange(0, DEEP)
         left = tl.load(x + i[:, None] * width + k[None, :], mask=(i < rows)[:, None] & (k < width)[None, :], other=0.0)
         right = tl.load(a + r[None, :] * width + k[:, None], mask=(r < rank)[None, :] & (k < width)[:, None], other=0.0)
         total = tl.dot(left, right, total)
-    kind = out.dtype.element_ty
+    kind = x.dtype.element_ty
     by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
-    turned = tl.where(by == 0.0, 0.0, total.to(kind).to(tl.float32) * by).to(kind)
-    tl.store(out + i[:, None] * rank + r[None, :], turned, mask=(i < rows)[:, None] & (r < rank)[None, :])
+    return tl.where(by == 0.0, 0.0, total.to(kind).to(tl.float32) * by).to(kind)
+
+
+@triton.jit
+def branch_tile(
+    x, a, alpha, y_1, y_2, y_3, b_1, b_2, b_3, rows, width, tokens, rank, out_1, out_2, out_3, rank_1, rank_2, rank_3, scale_1, scale_2, scale_3,
+    RANK: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y += scale B (alpha A x) for ROWS rows of up to three layers that read x; their A lie one below the other in `a`.
+
+    Each y is [rows, out], each B [out, rank]. The programs of one row tile share the blocks of columns among them, and
+    each makes alpha A x for itself: that is shorter than another kernel.
+    """
+    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    r = tl.arange(0, RANK)
+    turned = turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS, RANK, DEEP)
+    first, second = tl.cdiv(out_1, COLUMNS), tl.cdiv(out_2, COLUMNS)
+    for block in range(tl.program_id(1), first + second + tl.cdiv(out_3, COLUMNS), tl.num_programs(1)):
+        if block < first:
+            add_columns(y_1, b_1, turned, i, r, block, rows, out_1, 0, rank_1, scale_1, COLUMNS)
+        elif block < first + second:
+            add_columns(y_2, b_2, turned, i, r, block - first, rows, out_2, rank_1, rank_2, scale_2, COLUMNS)
+        else:
+            add_columns(y_3, b_3, turned, i, r, block - first - second, rows, out_3, rank_1 + rank_2, rank_3, scale_3, COLUMNS)
+
+
+@triton.jit
+def add_columns(y, b, turned, i, r, block, rows, out, start, rank, scale, COLUMNS: tl.constexpr):
+    """One block of columns of y; the layer's part of `turned` begins at column `start`."""
+    j = block * COLUMNS + tl.arange(0, COLUMNS)
+    own = (r >= start) & (r < start + rank)
+    up = tl.load(b + j[None, :] * rank + (r - start)[:, None], mask=(j < out)[None, :] & own[:, None], other=0.0)
+    inside = (i < rows)[:, None] & (j < out)[None, :]
+    at = y + i[:, None] * out + j[None, :]
+    before = tl.load(at, mask=inside, other=0.0)
+    tl.store(at, (before.to(tl.float32) + scale * tl.dot(turned, up)).to(before.dtype), mask=inside)
 
 
 @triton.jit
@@ -89,3 +130,40 @@ def turn_heads(x, out, stride, h, heads, place, c1, c2, s1, s2, d, half):
     to = out + (place * heads + h[:, None]) * 2 * half + d[None, :]
     tl.store(to, low.to(kind), mask=inside)
     tl.store(to + half, high.to(kind), mask=inside)
+
+
+@triton.jit
+def attend_tile(
+    q, k, v, used, out, length, dim, shared, scale, q_row, q_head, token, head,
+    SHARED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """softmax(scale q k) v of one row and one key head: all `shared` query heads that read it, KEYS keys at a time.
+
+    q is [rows, heads, dim] with strides, k and v [slots * length, key heads, dim] with the same strides, out contiguous.
+    `scale` is for powers of two. Sums are fp32; weights are rounded before they multiply values, as flash attention does.
+    """
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    g, d, t = tl.arange(0, SHARED), tl.arange(0, DIM), tl.arange(0, KEYS)
+    mine = (g < shared)[:, None] & (d < dim)[None, :]
+    heads = place * shared + g
+    query = tl.load(q + row * q_row + heads[:, None] * q_head + d[None, :], mask=mine, other=0.0)
+    reach = tl.load(used + row)
+    start = row * length * token + place * head
+    most = tl.full([SHARED], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([SHARED], dtype=tl.float32)
+    total = tl.zeros([SHARED, DIM], dtype=tl.float32)
+    for first in range(0, reach, KEYS):
+        inside = first + t < reach
+        at = start + (first + t).to(tl.int64)[:, None] * token + d[None, :]
+        both = inside[:, None] & (d < dim)[None, :]
+        keys = tl.load(k + at, mask=both, other=0.0)
+        score = tl.where(inside[None, :], tl.dot(query, tl.trans(keys)) * scale, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 1))
+        share = tl.exp2(score - higher[:, None])
+        fades = tl.exp2(most - higher)
+        weight = weight * fades + tl.sum(share, 1)
+        values = tl.load(v + at, mask=both, other=0.0)
+        total = tl.dot(share.to(values.dtype), values, total * fades[:, None])
+        most = higher
+    to = out + (row * tl.num_programs(1) * shared + heads)[:, None] * dim + d[None, :]
+    tl.store(to, (total / weight[:, None]).to(query.dtype), mask=mine)

@@ -22,7 +22,9 @@ import torch
 from transformers import PreTrainedModel
 
 from cotvalve.engines import gated, kernels, thin
+from cotvalve.engines.attend import faster_attention
 from cotvalve.engines.batch import Batch, Ended
+from cotvalve.engines.branch import faster_branches
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.replaced import Replacement, replaced
 from cotvalve.engines.rotation import fused_rotation
@@ -65,6 +67,10 @@ class TransformersEngine:
         self.graphs = cuda if graphs is None else graphs and cuda
         self._codec = Codec(valve.model, valve.tokenizer)
         self._faster: list[Replacement] | None = None
+
+    def facts(self) -> dict[str, str]:
+        """See `Engine.facts`."""
+        return {"engine": self.name}
 
     def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
         """See `Engine.generate`. Out of memory halves the slots and goes on with what is unfinished."""
@@ -118,7 +124,7 @@ class TransformersEngine:
 
     @contextmanager
     def fitted(self) -> Generator[None]:
-        """The model as this engine wants it: attention on slots, and on a GPU norms, rotation, gated layers and the dial in our kernels."""
+        """The model as this engine wants it: attention on slots, and on a GPU most of what lies between the products in our kernels."""
         model = self.valve.model
         before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(ATTENTION)
@@ -138,10 +144,14 @@ class TransformersEngine:
         if not kernels.available(model):
             return
         try:
-            if dial is not None and thin.proves(dial.inlets):
-                yield dial, "kernel", thin.thin
+            product: list[Replacement] = [(dial, "kernel", thin.thin)] if dial is not None and thin.proves(dial.inlets) else []
+            yield from product
             yield from gated.gated_layers(model, dial)
+            if dial is not None:
+                with replaced(product):  # what branches have to be faster than
+                    yield from faster_branches(dial)
             yield from fused_rotation(model)
+            yield from faster_attention(model)
         except torch.OutOfMemoryError:
             raise
         except kernels.failures() as error:

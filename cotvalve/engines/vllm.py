@@ -94,7 +94,7 @@ class VllmEngine:
             self._server.turn_to(self._direction)
 
     def facts(self) -> dict[str, str]:
-        """What a run has to say about its engine."""
+        """See `Engine.facts`; says why, where stock multi-LoRA runs."""
         import vllm
 
         how = "no direction" if self._direction is None else f"stock multi-LoRA, because {self.stock}" if self.stock else "dial"
