@@ -2,7 +2,7 @@ r"""The answers of a sweep graded a second time, by lm-evaluation-harness itself
 
     python -m venv runs/lm-eval-venv
     runs/lm-eval-venv/bin/pip install "lm-eval[math]==0.4.13" safetensors pooch
-    runs/lm-eval-venv/bin/python benchmarks/lm_eval_check.py results/gsm8k-qwen2.5-coder-1.5b > lm-eval.md
+    runs/lm-eval-venv/bin/python benchmarks/lm_eval_check.py results/reproduction/0/main-gsm8k --alphas 0.5 1 > lm-eval.md
 
 In an environment of its own, since lm-eval pins other packages than cotvalve does (no torch is needed). Takes run folders of
 `cotvalve sweep`; data sets gsm8k and math500, other rows are passed over and counted. Ends with 1 when a difference is left unexplained.
@@ -42,8 +42,10 @@ sys.path.insert(0, str(ROOT))
 
 from cotvalve import problems, records  # noqa: E402
 from cotvalve.answers import boxes, find, visible  # noqa: E402
+from cotvalve.baselines import PLAIN  # noqa: E402
 from cotvalve.errors import CotvalveError  # noqa: E402
 from cotvalve.grading import TRUNCATED, grade  # noqa: E402
+from cotvalve.mathanswers import NO_BASE  # noqa: E402
 from cotvalve.types import Grade, Problem  # noqa: E402
 from cotvalve.values import Unreadable, number, same_number  # noqa: E402
 
@@ -109,6 +111,8 @@ KINDS = {
     "chance": Kind("the answer given is another; the last number of the sentence behind it happens to be the gold answer", "cotvalve: the answer given is wrong"),
     "part": Kind("the answer given is another; a part of it is the gold answer (20 in 1/20, 2 in 2:20)", "cotvalve: the answer given is wrong"),
     "hour": Kind("the answer is a full hour, 2:00 pm, and the gold answer its number", "cotvalve: it is the hour that was asked for"),
+    "base": Kind("the base of a numeral is left out (4210 for 4210_5)", "cotvalve: as hendrycks_math, which compares strings; math-verify drops the base"),
+    "choice": Kind("the choice stands there without a box ('The answer is (C).')", "cotvalve: it is the answer; math-verify reads the formulas around it"),
     "other": Kind("unexplained", "to be looked at"),
 }  # fmt: skip
 
@@ -128,6 +132,8 @@ def explain(view: str, seen: Seen) -> str:
         return "first"
     if view == "boxed":
         return "spelling" if seen.gold.kind == "number" else "expression"
+    if view == "math_verify" and not boxed and re.fullmatch(r"\\text\{\([A-Z]\)\}|\([A-Z]\)", seen.gold.answer):
+        return "choice"
     if _same(seen.gold.answer, seen.read):
         return "spelling"
     if view == "flexible-extract" and _behind(seen):
@@ -138,6 +144,8 @@ def explain(view: str, seen: Seen) -> str:
 def _only_theirs(seen: Seen) -> str:
     if seen.ours.reason == TRUNCATED:
         return "cut"
+    if seen.ours.reason == NO_BASE:
+        return "base"
     given, read = seen.ours.predicted, seen.read.split(";")[0].strip(".$ ")
     if given is None or not _same(seen.gold.answer, read):
         return "other"
@@ -277,8 +285,10 @@ class Judge:
         return [found[key] for key in keys]
 
 
-def read(folders: Iterable[Path], data_dir: str | None) -> tuple[list[records.Json], list[Problem], int]:
-    """The rows of the folders, the problem of each, and how many rows of other data sets were passed over."""
+def read(folders: Iterable[Path], data_dir: str | None, alphas: Sequence[float] = ()) -> tuple[list[records.Json], list[Problem], int]:
+    """The rows of the folders, the problem of each, and how many rows of other data sets were passed over.
+
+    With `alphas`, of the plain model and those positions alone."""
     rows: list[records.Json] = []
     golds: dict[str, Problem] = {}
     left = 0
@@ -286,6 +296,8 @@ def read(folders: Iterable[Path], data_dir: str | None) -> tuple[list[records.Js
         for row in records.read_parquet(folder / "rows.parquet"):
             if row["dataset"] not in BOTH:
                 left += 1
+                continue
+            if alphas and row["system"] != PLAIN and row["alpha"] not in alphas:
                 continue
             rows.append({**row, "folder": folder.name})
     for name in BOTH:
@@ -333,8 +345,9 @@ def main() -> int:
         "--verdicts", type=Path, default=ROOT / "runs" / "lm-eval.sqlite", help="file that keeps lm-eval's verdicts"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that grade")
+    parser.add_argument("--alphas", type=float, nargs="+", default=(), help="only the plain model and these positions")
     asked = parser.parse_args()
-    rows, golds, left = read(asked.folders, asked.data_dir)
+    rows, golds, left = read(asked.folders, asked.data_dir, asked.alphas)
     if not rows:
         raise SystemExit(f"no rows of {' or '.join(BOTH)} in {', '.join(map(str, asked.folders))}")
     grades = [

@@ -22,6 +22,7 @@ MAX_DEPTH = 30
 """Nested brackets; parsers spend seconds on a few hundred."""
 MAX_PARTS = 20
 NOT_EQUAL = "not equal to the gold answer"
+NO_BASE = "the base of the number is missing"
 
 _SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), into)
@@ -51,6 +52,8 @@ _SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"√", r"\\sqrt "),
         (r"\u222a", r"\\cup "),
         (r"\\(?:dots|ldots|cdots)", r"\\dots"),
+        (r"\[\s?-\s?\\infty", r"(-\\infty"),  # an infinite end belongs to no set, however it is written
+        (r"\\infty\s?\]", r"\\infty)"),
         (r"\\%", "%"),
         (r"\\\\\[[^\]]{0,9}\]", r"\\\\"),
         (r"[bv]matrix\}", "pmatrix}"),
@@ -60,7 +63,7 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|operat
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]+|\(?[A-Z]\)?")
 _BASE = re.compile(r"(-?[0-9A-Z.]+)_\{?(\d+|two|ten)\}?")
 _COLON = re.compile(r"\d\s?:\s?\d")
-_MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).){1,500})\\end\{pmatrix\}", re.DOTALL)
+_MATRIX = re.compile(r"((?:(?!\\begin|[=+,;]).){0,60}?)\\begin\{pmatrix\}((?:(?!\\begin).){1,500})\\end\{pmatrix\}", re.DOTALL)
 _NAME = r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))"
 _CHAIN = re.compile(r"([^<>\\]{1,80}|-?\\[^<>]{1,80}?)(<|\\leq)\s{0,3}[a-zA-Z]\s{0,3}(<|\\leq)(.{1,80})")
 _HALF = re.compile(r"[a-zA-Z]\s{0,3}(<|>|\\leq|\\geq)(.{1,80})")
@@ -141,7 +144,7 @@ def _based(gold: str, given: str) -> str | None:
     if sides[0] and sides[1]:
         return "" if sides[0].groups() == sides[1].groups() else NOT_EQUAL
     if sides[0]:
-        return "the base of the number is missing" if sides[0][1] == squeezed(given) else NOT_EQUAL
+        return NO_BASE if sides[0][1] == squeezed(given) else NOT_EQUAL
     assert sides[1]  # the gold answer leaves the base out, as some of MATH do
     return "" if sides[1][1] == squeezed(gold) else NOT_EQUAL
 
@@ -181,8 +184,8 @@ class Shape:
 def _shape(text: str) -> Shape:
     matrix = _MATRIX.fullmatch(text)
     if matrix:
-        rows = [row.split("&") for row in matrix[1].strip().removesuffix("\\\\").split("\\\\")]
-        cells = tuple(cell.strip() for row in rows for cell in row)
+        rows = [row.split("&") for row in matrix[2].strip().removesuffix("\\\\").split("\\\\")]
+        cells = tuple(_times(matrix[1].strip(), cell.strip()) for row in rows for cell in row)
         return Shape(f"matrix of {len(rows)} rows", "", cells)
     if "\\cup" in text or "\\begin" in text:
         return Shape("", "", ())
@@ -196,6 +199,12 @@ def _shape(text: str) -> Shape:
         parts = [piece for part in parts for piece in _signs(part)]
     braced = inner is not text and not opening
     return Shape(opening, closing, tuple(parts) if len(parts) > 1 or braced else ())
+
+
+def _times(factor: str, cell: str) -> str:
+    if factor == "-":
+        return cell[1:].strip() if cell.startswith("-") else f"-{cell}"
+    return f"{factor}({cell})" if factor else cell
 
 
 def _encloses(text: str) -> bool:

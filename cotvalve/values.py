@@ -65,6 +65,8 @@ _UNIT_LETTERS = frozenset("amgshlLJNWVKCF")
 _LEFTOVER = re.compile(r"(?:[A-Za-z]++\s?(?:\^\{?[23]\}?|[²³])?|[\s%().,;:'\"?/&\-²³])*+")
 
 
+_DIFFERENCE = re.compile(r"(?<![A-Za-z])[A-Za-z]\s*+-\s*+$"), re.compile(r"\s++-\s++[A-Za-z](?![A-Za-z])")
+"""A letter less the number, or the number less a letter: 'L - 8' is no 8 litres."""
 _FULL_HOUR = re.compile(r"(\d{1,2}):00\s*+(?:[ap]\.?\s?m|o'clock)", re.IGNORECASE)
 """A time of day that is a number too: "2:00 pm" is 2, where "2:20 pm" is none."""
 
@@ -140,9 +142,11 @@ def number(text: str, *, units: bool = True) -> Number:
     found = list(NUMBER.finditer(plain))
     if len(found) != 1:
         raise Unreadable("no number in it" if not found else "more than one number in it")
-    rest = plain[: found[0].start()] + " " + plain[found[0].end() :]
+    before, behind = plain[: found[0].start()], plain[found[0].end() :]
+    rest = f"{before} {behind}"
     words = re.findall(r"[A-Za-z]+", rest)
-    strange = not _LEFTOVER.fullmatch(rest) or any(len(word) == 1 and word not in _UNIT_LETTERS for word in words)
+    strange = bool(_DIFFERENCE[0].search(before) or _DIFFERENCE[1].match(behind))
+    strange = strange or not _LEFTOVER.fullmatch(rest) or any(len(word) == 1 and word not in _UNIT_LETTERS for word in words)
     if strange or (not units and words and not re.fullmatch(r"\s+[a-z]{4,}[\sa-z]*", rest)):
         raise Unreadable("not a plain number")
     scale = SCALE.match(plain, found[0].end())

@@ -29,6 +29,19 @@ def test_differences_have_their_class(kind: str, case: tuple[str, str, str, str,
     assert kind.partition(" of")[0] in KINDS
 
 
+@pytest.mark.parametrize(
+    ("kind", "gold", "text", "read"),
+    [
+        ("base", "4210_{5}", r"The final answer is \boxed{4210}.", "4210; 4210"),
+        ("choice", r"\text{(C)}", "It is parallel to the $xy$-plane. The answer is (C).", "x*y; xy"),
+    ],
+)
+def test_differences_of_math_have_their_class(kind: str, gold: str, text: str, read: str) -> None:
+    problem = Problem("math500/test/0", "What?", gold, kind="math")
+    assert explain("math_verify", Seen(text, problem, grade(problem, text), read)) == kind
+    assert kind in KINDS
+
+
 def test_documents_are_rows_of_the_data_sets_of_the_tasks() -> None:
     problem = Problem("gsm8k/test/0", "How many?", "18", solution="9 + 9 = 18")
     assert document("gsm8k/gsm8k", problem, "x")["answer"] == "9 + 9 = 18\n#### 18"
