@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotvalve.calibration import FILE, Calibration, Error, Position, around_zero, fingerprint, fit
+from cotvalve.card import DIRECTION_SHA256
 from cotvalve.checkpoints import DIRECTION_FILES, fetch
+from cotvalve.direction import load_direction
 from cotvalve.engines import pick
 from cotvalve.errors import DataError, SettingError
 from cotvalve.mixchain import Sampling, is_mixchain, requests_for, sample_rows
 from cotvalve.problems import HELD_OUT, NAMES, load
 from cotvalve.problems import fingerprint as data_fingerprint
-from cotvalve.records import Json, Run, disk, read_json, write_text
+from cotvalve.records import Json, Run, disk, read_json, read_parquet, write_text
 from cotvalve.repetition import loops
 from cotvalve.resampling import answers
 from cotvalve.settings import Alphas
@@ -48,6 +50,8 @@ class CalibrateSettings(Sampling):
     """Percentage points of accuracy that the safe range may lose, by the lower end of the paired interval."""
     degenerate: float = 5.0
     """An alpha with this many percentage points more cut or looping chains than alpha 0 is not used."""
+    sweep: str = ""
+    """A finished sweep of this direction with --split heldout: its chains are taken, and nothing is sampled or loaded."""
     out: str = "runs/calibrate"
     """Run folder."""
 
@@ -61,8 +65,10 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
     """Samples what is missing and writes the calibration; returns the path of `calibration.md`."""
     if not settings.direction:
         raise SettingError("no direction was given; name one with --direction")
-    valve = settings.load_valve(settings.direction)
     home = fetch(settings.direction, DIRECTION_FILES)
+    if settings.sweep:
+        return _from_sweep(settings, home)
+    valve = settings.load_valve(settings.direction)
     problems = load(settings.data, split=HELD_OUT, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
     chosen_on = f"{len(problems)} {_origin(home, settings.data)}"
     alphas = sorted({0.0, *settings.alphas})
@@ -71,28 +77,54 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
         "direction": settings.direction,
         "data": f"{chosen_on}, {data_fingerprint(problems)[:12]}",
     }
-    decisive = settings.model_dump(
-        mode="json", exclude={"out", "engine", "gpus", "slots", "data_dir", "device", "tolerance", "degenerate"}
-    )
-    with Run(Path(settings.out), "calibrate", {**decisive, "fingerprint": fingerprint(home)}, facts) as at:
+    with _opened(settings, home, facts) as at:
         engine = pick(settings.engine, valve, settings.slots, gpus=settings.gpus)
         rows = sample_rows(at, engine, problems, requests_for(problems, settings, valve.tokenizer, alphas, paired=True), progress)
         decoding = (
             f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to "
             f"{settings.max_new_tokens} new tokens, {settings.samples} per question, prompt '{settings.prompt}', seed {settings.seed}"
         )
-        told = {**{key: str(value) for key, value in at.facts.items()}, "decoding": decoding}
-        made = measure(
-            rows, tolerance=settings.tolerance, degenerate=settings.degenerate, chosen_on=chosen_on,
-            fingerprint=fingerprint(home), facts=told, seed=settings.seed,
-        )  # fmt: skip
-        made.save(at.folder)
-        # A hub's cache and an installed package are not ours to write to.
-        local = Path(settings.direction).is_dir()
-        with disk(home):
-            where = made.save(home) if local else at.folder / FILE
-        write_text(at.folder / "calibration.md", describe(made, where, local))
-        return at.folder / "calibration.md"
+        return _save(at, home, rows, {**at.facts, "decoding": decoding}, chosen_on, settings)
+
+
+def _from_sweep(settings: CalibrateSettings, home: Path) -> Path:
+    """The same from chains that a sweep has made. The direction is known there by its weights, whatever it is called."""
+    folder = Path(settings.sweep)
+    found = read_json(folder / "run.json")
+    if found["verb"] != "sweep" or found["settings"]["split"] != HELD_OUT:
+        raise DataError(f"{folder}: not a sweep of held-out questions; make one with sweep --split {HELD_OUT}")
+    digest = load_direction(settings.direction).sha256()[:16]
+    systems = dict((sha, name) for name, _, sha in (part.rpartition(" ") for part in found["facts"].get(DIRECTION_SHA256, "").split(", ")))
+    if digest not in systems:
+        raise DataError(f"{folder}: holds no chain of {settings.direction}; its directions are {', '.join(systems.values()) or 'none'}, with other weights")
+    rows = [row for row in read_parquet(folder / "rows.parquet") if (row["dataset"], row["system"]) == (settings.data, systems[digest])]
+    if not rows:
+        raise DataError(f"{folder}: has no {settings.data}; its data is {found['settings']['data']}")
+    chosen_on = f"{len({row['problem'] for row in rows})} {_origin(home, settings.data)}"
+    told = {**found["facts"], "direction": settings.direction}
+    with _opened(settings, home, {key: told[key] for key in ("direction", "data")}) as at:
+        return _save(at, home, rows, told, chosen_on, settings)
+
+
+def _opened(settings: CalibrateSettings, home: Path, facts: Json) -> Run:
+    ours = {"out", "engine", "gpus", "slots", "data_dir", "device", "tolerance", "degenerate"}
+    if not settings.sweep:
+        ours.add("sweep")  # so that a folder from before this setting goes on
+    return Run(Path(settings.out), "calibrate", {**settings.model_dump(mode="json", exclude=ours), "fingerprint": fingerprint(home)}, facts)
+
+
+def _save(at: Run, home: Path, rows: Sequence[Json], facts: Json, chosen_on: str, settings: CalibrateSettings) -> Path:
+    made = measure(
+        rows, tolerance=settings.tolerance, degenerate=settings.degenerate, chosen_on=chosen_on,
+        fingerprint=fingerprint(home), facts={key: str(value) for key, value in facts.items()}, seed=settings.seed,
+    )  # fmt: skip
+    made.save(at.folder)
+    # A hub's cache and an installed package are not ours to write to.
+    local = Path(settings.direction).is_dir()
+    with disk(home):
+        where = made.save(home) if local else at.folder / FILE
+    write_text(at.folder / "calibration.md", describe(made, where, local))
+    return at.folder / "calibration.md"
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotvalve import Valve
+from cotvalve import Valve, sweep
 from cotvalve.calibrate import CalibrateSettings, measure, run
 from cotvalve.calibration import Calibration, fingerprint, fit, pool
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, SettingError
 from cotvalve.repetition import loops
+from cotvalve.sweep import SweepSettings
 
 NAN = float("nan")
 
@@ -321,6 +323,32 @@ def test_calibrate_writes_beside_the_direction_and_goes_on(settings: CalibrateSe
     (tmp_path / "d" / "calibration.json").unlink()
     with pytest.raises(DataError, match="fingerprint"):
         run(settings)
+
+
+def test_a_sweep_of_the_held_out_questions_makes_the_same_calibration(settings: CalibrateSettings, tmp_path: Path) -> None:
+    """No model is loaded for it: its folder is gone."""
+    shared = settings.model_dump(include={"model", "data", "limit", "max_new_tokens", "prompt", "device"})
+    other = direction(tmp_path / "other", seed=5)
+    held = SweepSettings(**shared, direction=f"another={other},mine={settings.direction}", split="heldout", alphas=(0, 0.5, 1), out=str(tmp_path / "held"))
+    sweep.run(held)
+    sweep.run(held.but(split="test", out=str(tmp_path / "test")))
+    run(settings)
+    sampled = Calibration.beside(tmp_path / "d")
+    assert sampled is not None
+    (tmp_path / "d" / "calibration.json").unlink()
+    shutil.rmtree(tmp_path / "base")
+    taken = settings.but(sweep=str(tmp_path / "held"), out=str(tmp_path / "taken"))
+    run(taken)
+    made = Calibration.beside(tmp_path / "d")
+    assert made is not None
+    assert (made.positions, made.questions, made.chosen_on) == (sampled.positions, sampled.questions, sampled.chosen_on)
+    assert made.facts["decoding"].startswith("greedy, up to 24")
+    with pytest.raises(DataError, match="not a sweep of held-out questions"):
+        run(taken.but(sweep=str(tmp_path / "test")))
+    with pytest.raises(DataError, match="its directions are another, mine, with other weights"):
+        run(taken.but(direction=str(direction(tmp_path / "third", seed=6))))
+    with pytest.raises(DataError, match="has no gsm8k; its data is arithmetic"):
+        run(taken.but(data="gsm8k"))
 
 
 def test_a_calibrated_valve_takes_tokens_and_savings(settings: CalibrateSettings, tmp_path: Path) -> None:
