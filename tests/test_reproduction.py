@@ -20,7 +20,7 @@ from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError, SettingError
 from cotvalve.figures import DASH, MINUS
 from cotvalve.mixchain import MixSettings
-from cotvalve.records import Json, write_json, write_parquet
+from cotvalve.records import Json, read_parquet, write_json, write_parquet
 from cotvalve.sweep import SweepSettings, named_directions
 from cotvalve.train import TrainSettings
 from cotvalve.verbs import ExtractSettings
@@ -242,7 +242,8 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
             assert s.seed == 7
         elif isinstance(s, SweepSettings):
             held = s.split == "heldout"
-            assert (step.name.endswith("-heldout"), s.limit, s.seed if held else 0, s.temperature) == (held, 300 if held else None, 0, 0)
+            assert (step.name.endswith("-heldout"), s.seed if held else 0, s.temperature) == (held, 0, 0)
+            assert s.limit in ((300, None) if held else (None,))
             directions = named_directions(s.direction)
             assert "\n" not in s.direction
             swept.setdefault((step.name.partition("-")[0], held), set()).update(directions.values())
@@ -251,6 +252,23 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
     assert all(swept[table, True] == swept[table, False] for table in tables)
     used = set().union(*swept.values()) | {s.direction for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, MixSettings))}
     assert learned <= used
+
+
+def test_published_rows_give_the_same_tables_without_their_texts(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "0"
+    looping = "again and again and again " * 60
+    systems = {PLAIN: rows(0.0, "++--", [200] * 4, looping), "A": [*rows(0.0, "++--", [200] * 4, looping), *rows(0.5, "+++#", [90] * 4), *rows(1.0, "+--#", [40] * 4, looping)]}
+    sweep(folder / "main-gsm8k", systems)
+    write_json(folder / "mix" / "run.json", {"verb": "mix"})
+    before = reproduction.document([folder], [], PLAIN, 1.0, 99)
+    assert "| 1 | 25.0" in before
+    assert "| 25.0 | 100.0 |" in before  # one is cut, all four repeat themselves
+    for texts in ([], ["0/main-gsm8k"]):
+        home = tmp_path / f"kept-{len(texts)}"
+        reproduction.publish([folder], home, texts)
+        assert reproduction.document([home / "0"], [], PLAIN, 1.0, 99) == before
+        assert ("text" in read_parquet(home / "0" / "main-gsm8k" / "rows.parquet")[0]) == bool(texts)
+        assert not (home / "0" / "mix").exists()  # it had not ended
 
 
 def test_steps_of_one_name_are_the_same_in_every_recipe() -> None:
