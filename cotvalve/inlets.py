@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -24,6 +25,8 @@ Turned = Callable[[Tensor, Tensor], Tensor]
 """alpha * A x of x [..., in] and A [r, in]."""
 Branch = Callable[[Tensor, Tensor, Tensor, Sequence[tuple[Tensor, Tensor, float]]], None]
 """Adds s B (alpha A x) in place: of x, A of all layers of an inlet, alpha, and each layer's W x, B and s."""
+Beside = Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]
+"""The results of two pieces of work that may run at once."""
 FEW = 4096
 """Rows up to which a product is mostly the start of its kernel."""
 
@@ -43,6 +46,8 @@ class Inlet:
         """[sum of ranks, in], or None where the layers' A cannot be one matrix."""
         self.branch: Branch | None = None
         """An engine's kernel for few rows."""
+        self.beside: Beside | None = None
+        """An engine's way to make A x while the card makes W x, for few rows."""
         self.forget()
 
     def read(self) -> None:
@@ -118,10 +123,14 @@ class Inlets:
             return layer.base_layer(x), None, None, scale
         if not self.finite or layer.lora_bias[ADAPTER]:
             return None
-        if inlet.branch is not None and x.numel() <= FEW * x.shape[-1] and all(_usual(one, x) and not one.lora_bias[ADAPTER] for one in inlet.layers):
+        few = x.numel() <= FEW * x.shape[-1]
+        if few and inlet.branch is not None and all(_usual(one, x) and not one.lora_bias[ADAPTER] for one in inlet.layers):
             return inlet.outputs(layer, x, alpha(x)), None, None, scale
-        y = layer.base_layer(x)
-        return y, inlet.product(layer, x, turned).view(-1, b.shape[1]), b, scale
+        if few and inlet.beside is not None:
+            y, thin = inlet.beside(partial(layer.base_layer, x), partial(inlet.product, layer, x, turned))
+        else:
+            y, thin = layer.base_layer(x), inlet.product(layer, x, turned)
+        return y, thin.view(-1, b.shape[1]), b, scale
 
     def look(self) -> None:
         """Takes note of the factors where they have changed. Read at every step of an engine without graphs: microseconds."""

@@ -21,7 +21,7 @@ from test_docs import PAGES, blocks, text
 from cotvalve import pipeline, sweep
 
 QUOTED = "# cotvalve/"
-ELSEWHERE = {"results": "needs the models of its tables"}
+ELSEWHERE = {"reproduction": "needs the model of its tables"}
 NEEDS = re.compile(r"# (needs .+)")
 
 

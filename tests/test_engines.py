@@ -641,6 +641,48 @@ def test_our_attention_is_that_of_each_row(dim: int, heads: int, others: int, ti
         assert torch.allclose(found.float(), wanted, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton, uninterpreted; no GPU")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
+    """Without a card: what an interpreter does not see. Sizes and pointers divisible by 16, as Triton finds them in a model."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from cotvalve.engines import tiles
+
+    whole = {"rows", "width", "tokens", "rank", "out_1", "out_2", "out_3", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "stride_g", "stride_u"}
+    whole |= {"length", "dim", "shared", "q_row", "q_head", "token", "head"}
+    odd = {"tokens", "rank", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "shared"}
+
+    def compiled(kernel: Any, constants: dict[str, int], warps: int, stages: int) -> str:
+        names = [name for name in kernel.arg_names if name not in constants]
+        kinds = {name: "i32" if name in whole else "fp32" if name.startswith("scale") else "*bf16" for name in names}
+        kinds |= {name: kind for name, kind in (("alpha", "*fp32"), ("used", "*i32")) if name in names}
+        source = ASTSource(
+            fn=kernel, signature=kinds | dict.fromkeys(constants, "constexpr"),
+            constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            attrs={
+                (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names)
+                if name in kinds and name not in odd and kinds[name] != "fp32"
+            },
+        )  # fmt: skip
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}).asm["ptx"]
+
+    for tile in attend.TILES:
+        for dim in (64, 128):
+            made = compiled(tiles.attend_tile, {"SHARED": 16, "DIM": dim, "KEYS": tile.keys}, tile.warps, tile.stages)
+            assert "cp.async" in made  # keys are on their way while the ones before are used
+            assert "ld.global.v4" in made
+    for tile in gated.TILES:
+        constants = {"RANK": 16, "EIGHTS": True, "DIAL": True, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        made = compiled(tiles.gated_tile, constants, tile.warps, 3)
+        assert made.count("ld.global") < 25  # a row of B is one load, not eight
+    made = compiled(tiles.branch_tile, {"RANK": 32, "EIGHTS": True, "ROWS": 16, "DEEP": 256, "COLUMNS": branch.COLUMNS}, 4, 3)
+    assert made.count("ld.global") < 30
+    assert "cp.async" in compiled(tiles.thin_tile, {"RANK": 16, "ROWS": 16, "DEEP": 256}, 4, 3)
+
+
 def test_our_attention_is_taken_where_it_is_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """With clocks and kernels of the test's own: the fastest of the right ones, or none."""
     model, took = models.llama(), {None: 5.0, 32: 4.0, 64: 3.0, 128: 2.0}
@@ -751,24 +793,32 @@ def test_branches_are_taken_where_they_are_right_and_faster(monkeypatch: pytest.
         for t, (y, b, scale) in zip(thin_, sides, strict=True):
             y.add_((t @ b.t()) * scale * (wrong if spread == branch.SPREADS[0] else 1.0))
 
+    def one_by_one(here: Any, there: Any) -> tuple[Tensor, Tensor]:
+        calls.append(0)
+        one, two = here(), there()
+        return one, two
+
     def seconds(work: Any) -> float:
         work()
-        tried = next((inlet.branch.args[0] for inlet in dial.inlets.of.values() if inlet.branch), None)
-        return took[tried]
+        tried = [inlet for inlet in dial.inlets.of.values() if inlet.branch or inlet.beside]
+        return took[None if not tried else "beside" if tried[0].branch is None else tried[0].branch.args[0]]
 
     monkeypatch.setattr(branch, "branched", by_parts)
     monkeypatch.setattr(kernels, "seconds", seconds)
-    wrong, took = 2.0, {None: 3.0, branch.SPREADS[0]: 1.0, branch.SPREADS[1]: 2.0}
+    monkeypatch.setattr(kernels, "aside", lambda _: one_by_one)
+    wrong, took = 2.0, {None: 3.0, "beside": 2.5, branch.SPREADS[0]: 1.0, branch.SPREADS[1]: 2.0}
     found = [*branch.faster_branches(dial)]
-    assert {other.args[0] for _, _, other in found} == {branch.SPREADS[1]}  # the fastest is wrong
-    assert not any("gate_proj" in owner.names for owner, _, _ in found)
-    assert len(found) == 3 * turned.model.config.num_hidden_layers  # q, k, v; o; down
+    assert len(found) == 4 * turned.model.config.num_hidden_layers  # q, k, v; o; gate, up; down
+    for owner, name, other in found:
+        gated_ = "gate_proj" in owner.names
+        assert name == ("beside" if gated_ else "branch")
+        assert gated_ or other.args[0] == branch.SPREADS[1]  # the fastest is wrong
     monkeypatch.setattr(TransformersEngine, "_find_faster", lambda _: iter(found))
     calls.clear()
     assert run(engine("transformers", on=turned), mixture(6)) == expected
-    assert set(calls) == {1, 3}
-    assert not any(inlet.branch for inlet in dial.inlets.of.values())
-    took[None] = 0.5
+    assert set(calls) == {0, 1, 3}
+    assert not any(inlet.branch or inlet.beside for inlet in dial.inlets.of.values())
+    took["beside"], took[branch.SPREADS[1]] = 3.5, 3.5
     assert not [*branch.faster_branches(dial)]
 
 

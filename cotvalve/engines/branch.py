@@ -1,7 +1,7 @@
-"""W x + s B (alpha A x) for all layers that read the same x: all that the dial adds to them is one kernel.
+"""W x + s B (alpha A x) for all layers that read the same x, in less time: what the dial adds to them as one kernel, or A x beside W x.
 
-With `thin.py` alone a layer's queries, keys and values take four: A x for the three, and B's product for each. A decoding
-step of a small model is mostly the number of its kernels. Whether one is faster is measured on the card, for each width.
+With `thin.py` alone a layer's queries, keys and values take four kernels: A x for the three, and B's product for each. A
+decoding step of a small model is mostly the number of its kernels. Which way is fastest is measured on the card.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cotvalve.engines import kernels
-from cotvalve.engines.replaced import Replacement
-from cotvalve.inlets import ADAPTER, Branch, Inlet, weight
+from cotvalve.engines.replaced import Replacement, replaced
+from cotvalve.inlets import ADAPTER, Beside, Branch, Inlet, weight
 
 if TYPE_CHECKING:
     from cotvalve.valve import Dial
@@ -33,45 +33,54 @@ SPREADS = (1, 3)
 
 
 def faster_branches(dial: Dial) -> Iterator[Replacement]:
-    """The inlets whose layers the kernel computes right and faster. Gate and up are the gated kernel's."""
-    chosen: dict[object, Branch | None] = {}
+    """The inlets that are faster, and right, by this kernel or with A x beside W x. Gate and up are added up by the gated kernel."""
+    device = weight(next(iter(dial.inlets.of)).lora_A[ADAPTER]).device if dial.inlets.of else None
+    aside = kernels.aside(device)
+    chosen: dict[object, Way | None] = {}
     for inlet in dict.fromkeys(dial.inlets.of.values()):
-        if "gate_proj" in inlet.names or not _fits(inlet):
+        if inlet.whole is None or type(inlet.layers[0].base_layer) is not torch.nn.Linear:
             continue
-        shape = tuple((layer.in_features, layer.out_features, layer.r[ADAPTER]) for layer in inlet.layers)
+        shape = "gate_proj" in inlet.names, *((layer.in_features, layer.out_features, layer.r[ADAPTER]) for layer in inlet.layers)
         if shape not in chosen:
-            chosen[shape] = _fastest(inlet, dial)
-        if chosen[shape] is not None:
-            yield inlet, "branch", chosen[shape]  # pyright: ignore[reportReturnType]
+            chosen[shape] = _fastest(inlet, dial, aside)
+        if way := chosen[shape]:
+            yield inlet, *way
 
 
-def _fits(inlet: Inlet) -> bool:
-    return inlet.whole is not None and len(inlet.layers) <= MOST and len(inlet.whole) <= WIDEST and type(inlet.layers[0].base_layer) is torch.nn.Linear
+Way = tuple[str, Branch | Beside]
+"""An attribute of an inlet and what it is set to."""
 
 
-def _fastest(inlet: Inlet, dial: Dial) -> Branch | None:
+def _ways(inlet: Inlet, aside: Beside) -> Iterator[Way]:
+    yield "beside", aside
+    assert inlet.whole is not None
+    if "gate_proj" not in inlet.names and len(inlet.layers) <= MOST and len(inlet.whole) <= WIDEST:
+        yield from (("branch", partial(branched, spread)) for spread in SPREADS)
+
+
+def _fastest(inlet: Inlet, dial: Dial, aside: Beside) -> Way | None:
     like = weight(inlet.layers[0].lora_A[ADAPTER])
     x = torch.randn(ROWS, 1, like.shape[1], device=like.device, dtype=like.dtype)
     alphas = torch.linspace(-1, 1.5, ROWS, device=like.device)
 
     def outputs() -> list[Tensor]:
+        if "gate_proj" in inlet.names:
+            return [part for layer in inlet.layers for part in (dial.parts(layer, x) or ())[:2] if part is not None]
         return [layer(x) for layer in inlet.layers]
 
-    best: Branch | None = None
+    best: Way | None = None
     with torch.no_grad(), dial.at(alphas):
         wanted, least = outputs(), kernels.seconds(outputs)
-        for spread in SPREADS:
-            inlet.branch = partial(branched, spread)
-            try:
+        for way in _ways(inlet, aside):
+            with replaced([(inlet, *way)]):
+                found = outputs()
                 right = all(
                     torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02 * float(theirs.abs().max()))
-                    for ours, theirs in zip(outputs(), wanted, strict=True)
+                    for ours, theirs in zip(found, wanted, strict=True)
                 )
                 if right and (took := kernels.seconds(outputs)) < least:
-                    best, least = inlet.branch, took
-            finally:
-                inlet.branch = None
-                inlet.forget()
+                    best, least = way, took
+            inlet.forget()
     return best
 
 
@@ -93,5 +102,5 @@ def branched(spread: int, x: Tensor, a: Tensor, alpha: Tensor, sides: Sequence[t
     tile: Any = branch_tile
     tile[(-(-rows // tall), spread)](
         flat, a.contiguous(), alpha.reshape(-1).contiguous(), *y, *b, rows, width, rows // alpha.numel(), rank, *wide, *ranks, *scale,
-        RANK=across, ROWS=tall, DEEP=256 if tall + across <= 48 else 128, COLUMNS=COLUMNS, num_stages=3,
+        RANK=across, EIGHTS=not any(rank % 8 for rank in ranks), ROWS=tall, DEEP=256 if tall + across <= 48 else 128, COLUMNS=COLUMNS, num_stages=3,
     )  # fmt: skip

@@ -110,7 +110,7 @@ def gated(gate: Parts, up: Parts, tile: Tile = TILES[0]) -> Tensor:
     tiles: Any = gated_tile
     tiles[-(-rows // tile.rows), -(-width // tile.columns)](
         y, up[0], turned_g, b_g, turned_u, b_u, out, rows, width, turned_g.stride(0), turned_u.stride(0), gate[3], up[3], *ranks,
-        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), DIAL=dial, ROWS=tile.rows, COLUMNS=tile.columns,
+        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), EIGHTS=not any(rank % 8 for rank in ranks), DIAL=dial, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.warps,
     )  # fmt: skip
     return out

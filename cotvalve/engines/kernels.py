@@ -1,13 +1,14 @@
-"""Where our kernels can run, how long they take, and what it looks like when they cannot."""
+"""Where kernels can run, how long they take, two at once, and what it looks like when they cannot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from subprocess import SubprocessError
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def available(model: nn.Module) -> bool:
@@ -31,6 +32,25 @@ def seconds(work: Callable[[], object], times: int = 8) -> float:
         end.synchronize()
         found.append(begin.elapsed_time(end) / times / 1e3)
     return min(found)
+
+
+def beside(stream: torch.cuda.Stream, here: Callable[[], Tensor], there: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """The results of both: `there` runs on `stream`, while the current one does `here`; what follows waits for both.
+
+    Each fork waits for all that was begun before it, so memory of a result that is let go is safe to be used again.
+    """
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        two = there()
+    one = here()
+    current.wait_stream(stream)
+    return one, two
+
+
+def aside(device: torch.device | None) -> Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]:
+    """`beside` on a stream of its own."""
+    return partial(beside, torch.cuda.Stream(device))
 
 
 def failures() -> tuple[type[Exception], ...]:

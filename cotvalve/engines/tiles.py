@@ -8,12 +8,13 @@ import triton.language as tl
 @triton.jit
 def gated_tile(
     gate, up, turned_g, b_g, turned_u, b_u, out, rows, width, stride_g, stride_u, scale_g, scale_u, rank_g, rank_u,
-    RANK: tl.constexpr, DIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, EIGHTS: tl.constexpr, DIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """silu(gate + scale_g B_g turned_g) * (up + scale_u B_u turned_u) for one tile of `out` [rows, width].
 
     gate, up and out lie row by row; turned is [rows, rank] with its own stride, B [width, rank]. RANK is a power of 2,
-    16 or more, that no rank exceeds. Sums are fp32 and rounded where PyTorch's separate operations round.
+    16 or more, that no rank exceeds; EIGHTS says that every rank is a multiple of 8, so that a row of B is read at once.
+    Sums are fp32 and rounded where PyTorch's separate operations round.
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -23,6 +24,9 @@ def gated_tile(
     u = tl.load(up + places, mask=inside, other=0.0)
     kind = g.dtype
     if DIAL:
+        if EIGHTS:
+            rank_g, rank_u = rank_g // 8 * 8, rank_u // 8 * 8
+            stride_g, stride_u = stride_g // 8 * 8, stride_u // 8 * 8
         k = tl.arange(0, RANK)
         t = tl.load(turned_g + i[:, None] * stride_g + k[None, :], mask=(i < rows)[:, None] & (k < rank_g)[None, :], other=0.0)
         b = tl.load(b_g + j[None, :] * rank_g + k[:, None], mask=(j < width)[None, :] & (k < rank_g)[:, None], other=0.0)
@@ -64,7 +68,7 @@ def turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS: tl.constexpr, RANK:
 @triton.jit
 def branch_tile(
     x, a, alpha, y_1, y_2, y_3, b_1, b_2, b_3, rows, width, tokens, rank, out_1, out_2, out_3, rank_1, rank_2, rank_3, scale_1, scale_2, scale_3,
-    RANK: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, EIGHTS: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y += scale B (alpha A x) for ROWS rows of up to three layers that read x; their A lie one below the other in `a`.
 
@@ -74,6 +78,8 @@ def branch_tile(
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     r = tl.arange(0, RANK)
     turned = turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS, RANK, DEEP)
+    if EIGHTS:
+        rank_1, rank_2, rank_3 = rank_1 // 8 * 8, rank_2 // 8 * 8, rank_3 // 8 * 8
     first, second = tl.cdiv(out_1, COLUMNS), tl.cdiv(out_2, COLUMNS)
     for block in range(tl.program_id(1), first + second + tl.cdiv(out_3, COLUMNS), tl.num_programs(1)):
         if block < first:
