@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cotvalve import Valve
+from cotvalve import Valve, checkpoints
 from cotvalve.direction import Card, Direction
 from cotvalve.engines import Engine, attend, branch, gated, kernels, pick, rotation, slots, thin
 from cotvalve.engines.batch import Batch
@@ -244,9 +244,9 @@ def test_tokens_are_counted_from_ids(name: str) -> None:
     seen: dict[str, list[int]] = {}
 
     class Watched(Codec):
-        def completion(self, encoded, ids):
-            seen[encoded.request.id] = list(ids)
-            return super().completion(encoded, ids)
+        def completions(self, ended):
+            seen.update((encoded.request.id, list(ids)) for encoded, ids in ended)
+            return super().completions(ended)
 
     of = engine(name, 5)
     of._codec = Watched(valve().model, valve().tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
@@ -286,6 +286,22 @@ def test_reasoning_and_answer_tokens_are_counted_apart(
     assert (made.finish, made.reasoning_tokens, made.answer_tokens) == (finish, reasoning, answer)
     assert made.tokens == len(ids) == made.reasoning_tokens + made.answer_tokens
     assert made.truncated == (finish == "length")
+
+
+def test_texts_of_many_chains_are_those_of_each() -> None:
+    """All at once by the library behind the tokenizer, or one by one where the tokenizer cleans up behind it."""
+    tokenizer = checkpoints.load_tokenizer("tiny-reasoner")
+    codec = Codec(models.llama(), tokenizer)
+    draw = random.Random(0)
+    chains = [[draw.randrange(len(tokenizer)) for _ in range(draw.randrange(40))] for _ in range(30)] + [[]]
+    (encoded,), _ = codec.encode([Request("0", "q", 0.0, 10)])
+    each = [tokenizer.decode(ids, skip_special_tokens=False) for ids in chains]
+    for cleans in (False, True):
+        tokenizer.clean_up_tokenization_spaces = cleans
+        found = [made.text for made in codec.completions([(encoded, ids) for ids in chains])]
+        stops = [bool(ids) and ids[-1] in codec.stops for ids in chains]
+        assert [text for text, stop in zip(found, stops, strict=True) if not stop] == [text for text, stop in zip(each, stops, strict=True) if not stop]
+    assert codec.completions([]) == []
 
 
 @pytest.fixture(scope="module")

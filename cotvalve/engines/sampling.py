@@ -7,7 +7,7 @@ same chains it would have written.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -101,8 +101,21 @@ class Codec:
 
     def completion(self, encoded: Encoded, ids: Sequence[int]) -> Completion:
         """The completion made of generated `ids`, the stop id included when there was one."""
-        stopped = bool(ids) and ids[-1] in self.stops
-        text = str(self.tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=False))
+        return self.completions([(encoded, ids)])[0]
+
+    def completions(self, ended: Sequence[tuple[Encoded, Sequence[int]]]) -> list[Completion]:
+        """Those of several chains: texts of two thousand that end at once take the processor a fifth of a second one by one."""
+        stopped = [bool(ids) and ids[-1] in self.stops for _, ids in ended]
+        texts = self._texts([list(ids[:-1] if stop else ids) for stop, (_, ids) in zip(stopped, ended, strict=True)])
+        return [self._completion(*each, stop, text) for each, stop, text in zip(ended, stopped, texts, strict=True)]
+
+    def _texts(self, chains: list[list[int]]) -> list[str]:
+        behind: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        if behind is not None and not getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
+            return behind.decode_batch(chains, skip_special_tokens=False)  # what decode() calls, on all cores
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=False)) for ids in chains]
+
+    def _completion(self, encoded: Encoded, ids: Sequence[int], stopped: bool, text: str) -> Completion:
         finish: Literal["stop", "length"] = "stop" if stopped else "length"
         request = encoded.request
         if self._end_think is not None and self._end_think in ids:

@@ -81,8 +81,9 @@ class TransformersEngine:
 
         def texts() -> Iterator[Completion]:
             nonlocal done, tokens
-            while ended:
-                completion = self._codec.completion(*ended.pop())
+            found = self._codec.completions(ended)
+            ended.clear()
+            for completion in found:
                 done += 1
                 tokens += completion.tokens
                 yield completion
