@@ -838,16 +838,17 @@ def test_branches_are_taken_where_they_are_right_and_faster(monkeypatch: pytest.
     assert not [*branch.faster_branches(dial)]
 
 
-def test_kernels_that_do_not_compile_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_kernels_that_cannot_be_tried_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     turned = Valve(models.llama(), models.tokenizer(["</think>"]), direction())
     expected = run(engine("transformers", on=turned), mixture(6))
 
     def broken(*_: object) -> Tensor:
-        raise RuntimeError("Failed to find C compiler")
+        raise error
 
     monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(thin, "thin", broken)
-    with pytest.warns(UserWarning, match="our kernels are left out.*Failed to find C compiler"):
+    with pytest.warns(UserWarning, match=f"our kernels are left out.*{error}"):
         assert run(engine("transformers", on=turned), mixture(6)) == expected
 
 

@@ -153,9 +153,7 @@ class TransformersEngine:
                     yield from faster_branches(dial)
             yield from fused_rotation(model)
             yield from faster_attention(model)
-        except torch.OutOfMemoryError:
-            raise
-        except kernels.failures() as error:
+        except kernels.failures() as error:  # no compiler that knows this card, or no memory to try them in
             warnings.warn(f"our kernels are left out, PyTorch's are slower: {type(error).__name__}: {error}", stacklevel=2)
 
     def slots_that_fit(self, longest: int) -> int:
