@@ -700,25 +700,38 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
 
 
 def test_our_attention_is_taken_where_it_is_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With clocks and kernels of the test's own: the fastest of the right ones, or none."""
-    model, took = models.llama(), {None: 5.0, 32: 4.0, 64: 3.0, 128: 2.0}
+    """With clocks and kernels of the test's own: for few rows and for many the fastest of the right ones, or PyTorch's."""
+    model = models.llama()
+    took = {(2, None): 5.0, (2, 32): 4.0, (2, 64): 6.0, (2, 128): 7.0, (9, None): 5.0, (9, 32): 4.0, (9, 64): 3.0, (9, 128): 2.0}
     monkeypatch.setattr(slots, "reads_rows", lambda _: True)
     monkeypatch.setattr(slots, "read_rows", by_rows)
-    monkeypatch.setattr(attend, "ROWS", 3)
-    monkeypatch.setattr(attend, "LENGTH", 8)
+    monkeypatch.setattr(attend, "LOADS", ((2, 16), (9, 8)))
+    monkeypatch.setattr(attend, "FEW", 4)
+    used: list[int] = []
 
     def ours(tile: attend.Tile, *given: Any) -> Tensor:
+        used.append(tile.keys)
         return by_rows(*given) * (1.2 if tile.keys == 128 else 1.0)
 
     def seconds(work: Any) -> float:
         tile = work.args[0] if isinstance(work.args[0], attend.Tile) else None
-        return took[tile and tile.keys]
+        return took[len(work.args[0 if tile is None else 1]), tile and tile.keys]
 
     monkeypatch.setattr(attend, "attended", ours)
     monkeypatch.setattr(kernels, "seconds", seconds)
     ((owner, name, best),) = attend.faster_attention(model)
-    assert (owner, name, best.args[0].keys) == (slots, "read_rows", 64)
-    took[None] = 1.0
+    assert (owner, name) == (slots, "read_rows")
+    shape = attend._sample(4, 8, 4, 2, 16, model), attend._sample(5, 8, 4, 2, 16, model)
+    used.clear()
+    found = [best(*sample, None) for sample in shape]
+    assert used == [32, 64]
+    assert all(torch.equal(out, by_rows(*sample, None)) for out, sample in zip(found, shape, strict=True))
+    took[9, None] = 1.0
+    ((_, _, best),) = attend.faster_attention(model)
+    used.clear()
+    best(*shape[1], None)
+    assert not used
+    took[2, None] = 1.0
     assert not [*attend.faster_attention(model)]
 
 

@@ -34,8 +34,11 @@ class Tile(NamedTuple):
 TILES = (Tile(32, 1, 4), Tile(64, 2, 3), Tile(64, 4, 3), Tile(128, 4, 2))
 WIDEST = 64
 """Query heads that share a key head, at most."""
-ROWS, LENGTH = 512, 512
-"""Of the measurement: a batch whose chains are about half done."""
+LOADS = ((8, 4096), (512, 512))
+"""Rows and cache positions of the measurements: a server with a few long chains, and a batch whose chains are about half done."""
+FEW = 64
+"""Rows up to which the first measurement counts."""
+Attention = Callable[[Tensor, Tensor, Tensor, Ends, float | None], Tensor]
 
 
 def faster_attention(model: PreTrainedModel) -> Iterator[Replacement]:
@@ -46,25 +49,33 @@ def faster_attention(model: PreTrainedModel) -> Iterator[Replacement]:
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % others or heads // others > WIDEST or not slots.reads_rows(model):
         return
-    sample = _sample(heads, others, dim, model)
-    wanted, least = slots.read_rows(*sample, None).float(), kernels.seconds(partial(slots.read_rows, *sample, None))
-    best: Callable[..., Tensor] | None = None
+    few, many = (_fastest(_sample(*load, heads, others, dim, model)) for load in LOADS)
+    if few is not slots.read_rows or many is not slots.read_rows:
+        yield slots, "read_rows", partial(_by_load, few, many)
+
+
+def _by_load(few: Attention, many: Attention, query: Tensor, key: Tensor, value: Tensor, ends: Ends, scaling: float | None) -> Tensor:
+    return (few if len(query) <= FEW else many)(query, key, value, ends, scaling)
+
+
+def _fastest(sample: tuple[Tensor, Tensor, Tensor, Ends]) -> Attention:
+    best: Attention = slots.read_rows
+    wanted, least = best(*sample, None).float(), kernels.seconds(partial(best, *sample, None))
     for tile in TILES:
         ours = partial(attended, tile)
-        if torch.allclose(ours(*sample, None).float(), wanted, rtol=0.02, atol=0.01) and (took := kernels.seconds(partial(ours, *sample, None))) < least:
+        right = torch.allclose(ours(*sample, None).float(), wanted, rtol=0.02, atol=0.01)
+        if right and (took := kernels.seconds(partial(ours, *sample, None))) < least:
             best, least = ours, took
-    if best is not None:
-        yield slots, "read_rows", best
+    return best
 
 
-def _sample(heads: int, others: int, dim: int, model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor, Ends]:
+def _sample(rows: int, length: int, heads: int, others: int, dim: int, model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor, Ends]:
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, device=model.device, dtype=model.dtype)
 
-    numbers = torch.arange(ROWS + 1, dtype=torch.int32, device=model.device)
-    used = 1 + numbers[:-1] * 7 % LENGTH
-    ends = Ends(numbers, numbers * LENGTH, used, LENGTH)
-    return some(ROWS, heads, dim), some(ROWS * LENGTH, others, dim), some(ROWS * LENGTH, others, dim), ends
+    numbers = torch.arange(rows + 1, dtype=torch.int32, device=model.device)
+    used = length - numbers[:-1] * 7 % length  # few rows nearly full, many of every length
+    return some(rows, heads, dim), some(rows * length, others, dim), some(rows * length, others, dim), Ends(numbers, numbers * length, used, length)
 
 
 def attended(tile: Tile, query: Tensor, key: Tensor, value: Tensor, ends: Ends, scaling: float | None) -> Tensor:
