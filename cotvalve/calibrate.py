@@ -79,7 +79,8 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
     }
     with _opened(settings, home, facts) as at:
         engine = pick(settings.engine, valve, settings.slots, gpus=settings.gpus)
-        rows = sample_rows(at, engine, problems, requests_for(problems, settings, valve.tokenizer, alphas, paired=True), progress)
+        asked = requests_for(problems, settings, valve.tokenizer, alphas, paired=True)
+        rows = sample_rows(at, engine, {"": (problems, asked)}, progress)[""]
         decoding = (
             f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to "
             f"{settings.max_new_tokens} new tokens, {settings.samples} per question, prompt '{settings.prompt}', seed {settings.seed}"

@@ -9,8 +9,8 @@ run folder the moment it ends; a killed run goes on with the same chains it woul
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -122,28 +122,33 @@ def requests_for(
                 )
 
 
-def sample_rows(
-    run: Run,
-    engine: "Engine",
-    problems: Sequence[Problem],
-    requests: Iterable[Request],
-    progress: Progress = silent,
-    prefix: str = "",
-) -> list[Json]:
-    """Samples and grades whatever `run` does not hold yet; returns all rows whose key starts with `prefix`.
+Asked = tuple[Sequence[Problem], Iterable[Request]]
+"""Problems, and requests for them."""
+
+
+def sample_rows(run: Run, engine: "Engine", asked: Mapping[str, Asked], progress: Progress = silent) -> dict[str, list[Json]]:
+    """Samples and grades whatever `run` does not hold yet, all in one go; returns the rows of each prefix.
+
+    `asked` names what belongs together by the prefix of its rows' keys. Prompts and positions that run together keep the
+    card filled, where each by itself ends with a few long chains.
 
     A row: problem, alpha, sample, text, tokens, reasoning_tokens, prompt_tokens, finish, correct, predicted,
     reason, subset.
     """
-    by_id = {problem.id: problem for problem in problems}
     have = run.rows.keys()
-    todo = [request for request in requests if prefix + request.id not in have]
+    todo: list[Request] = []
+    of: dict[str, Problem] = {}
+    for prefix, (problems, requests) in asked.items():
+        by_id = {problem.id: problem for problem in problems}
+        for request in requests:
+            if (key := prefix + request.id) not in have:
+                todo.append(replace(request, id=key))
+                of[key] = by_id[request.id.rsplit("|", 2)[0]]
     if todo:
         run.note(engine.facts())
     for completion in engine.generate(todo, progress):
-        name, _, sample = completion.id.rsplit("|", 2)
-        run.rows.add(prefix + completion.id, row(by_id[name], completion, int(sample)))
-    return run.rows.rows(prefix)
+        run.rows.add(completion.id, row(of[completion.id], completion, int(completion.id.rpartition("|")[2])))
+    return {prefix: run.rows.rows(prefix) for prefix in asked}
 
 
 def row(problem: Problem, completion: Completion, sample: int) -> Json:
@@ -282,7 +287,8 @@ def run(settings: MixSettings, progress: Progress = silent) -> Path:
         alphas = settings.alphas if settings.direction else [0.0]
         work = (len(problems) * len(alphas) * settings.samples - len(at.rows)) * settings.max_new_tokens
         asked = requests_for(problems, settings, valve.tokenizer, alphas)
-        rows = sample_rows(at, pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens, gpus=settings.gpus), problems, asked, progress)
+        engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens, gpus=settings.gpus)
+        rows = sample_rows(at, engine, {"": (problems, asked)}, progress)[""]
         human = short_chains(problems, valve.tokenizer, thinks(valve.tokenizer)) if settings.solutions else []
         mix, report = assemble(rows, problems, settings, {m.problem.id: m.chains[0] for m in human})
         describe(mix)

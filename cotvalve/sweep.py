@@ -19,7 +19,7 @@ from cotvalve.card import DIRECTION_SHA256
 from cotvalve.direction import Direction, check_fits, load_direction
 from cotvalve.engines import pick
 from cotvalve.errors import DataError, SettingError
-from cotvalve.mixchain import Sampling, requests_for, sample_rows
+from cotvalve.mixchain import Asked, Sampling, requests_for, sample_rows
 from cotvalve.problems import fingerprint, load
 from cotvalve.records import Json, RowStore, Run, read_json, read_parquet, write_json, write_parquet
 from cotvalve.report import Example, ReportData, write_report
@@ -123,24 +123,26 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         if where := next(iter(directions.values()), None):
             valve.turn_to(load_direction(where, valve.model))
         engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens, gpus=settings.gpus)
+        asked: dict[str, Asked] = {}
         for name, problems in sets.items():
-            rows[name, PLAIN] = sample_rows(
-                at, engine, problems, requests_for(problems, settings, valve.tokenizer, wanted, paired=True), progress, f"{name}|{PLAIN}|"
-            )
+            asked[f"{name}|{PLAIN}|"] = problems, requests_for(problems, settings, valve.tokenizer, wanted, paired=True)
             for other in others:
                 how = settings.but(prompt=other.prompt, budget=other.budget)
-                found = sample_rows(
-                    at, engine, problems, requests_for(problems, how, valve.tokenizer, [0.0], paired=True), progress, f"{name}|{other.name}|"
-                )
-                rows[name, other.name] = [{**row, "alpha": None} for row in found]
+                asked[f"{name}|{other.name}|"] = problems, requests_for(problems, how, valve.tokenizer, wanted, paired=True)
+        sampled: dict[str, list[Json]] = {}
         for number, (label, where) in enumerate(directions.items()):
             if number and not valve.turn_to(load_direction(where, valve.model)):
                 del engine
                 engine = pick(settings.engine, valve, settings.slots, work=work, longest=settings.max_new_tokens, gpus=settings.gpus)
             for name, problems in sets.items():
-                asked = requests_for(problems, settings, valve.tokenizer, turned, paired=True)
-                found = sample_rows(at, engine, problems, asked, progress, f"{name}|{label}|")
-                rows[name, label] = [*rows[name, PLAIN], *found]
+                asked[f"{name}|{label}|"] = problems, requests_for(problems, settings, valve.tokenizer, turned, paired=True)
+            sampled |= sample_rows(at, engine, asked, progress)
+            asked = {}
+        sampled |= sample_rows(at, engine, asked, progress)  # without a direction
+        for name in sets:
+            rows[name, PLAIN] = sampled[f"{name}|{PLAIN}|"]
+            rows |= {(name, other.name): [{**row, "alpha": None} for row in sampled[f"{name}|{other.name}|"]] for other in others}
+        rows |= {(name, label): [*rows[name, PLAIN], *sampled[f"{name}|{label}|"]] for label in directions for name in sets}
         del engine, valve
         return finish(at.folder, at.facts, rows, sets, settings)
 
