@@ -4,6 +4,7 @@
     python benchmarks/reproduction.py runs/reproduction/*                          # every table that is there
     python benchmarks/reproduction.py runs/reproduction/* --table main             # Tables 1, 4, 8, 12 and the dial
     python benchmarks/reproduction.py runs/reproduction/* --table table7 --against "solution 0 directly"
+    python benchmarks/reproduction.py runs/reproduction/* --table main --subset numeric
     python benchmarks/reproduction.py runs/reproduction/* --figures docs/reproduction  # the curves and dials as PNG too
     python benchmarks/reproduction.py runs/reproduction/* --publish results/reproduction --texts 0/main-gsm8k
 
@@ -86,8 +87,11 @@ class Travel:
         return f"{'yes' if strict[0] else 'no'} ({sum(strict[1:])} of {len(strict) - 1} seeds)"
 
 
-def read(folders: Sequence[Path]) -> dict[tuple[str, str, bool], Measured]:
-    """What was measured, by table, data set and whether its questions were held out; seeds are called by their folders."""
+def read(folders: Sequence[Path], subset: str = "") -> dict[tuple[str, str, bool], Measured]:
+    """What was measured, by table, data set and whether its questions were held out; seeds are called by their folders.
+
+    Of test sets only the questions of `subset`, if one is named.
+    """
     found: dict[tuple[str, str, bool], Measured] = {}
     for folder in folders:
         for step in sorted(path.parent for path in folder.glob("*/run.json")):
@@ -100,6 +104,8 @@ def read(folders: Sequence[Path]) -> dict[tuple[str, str, bool], Measured]:
             settings, rows = run["settings"], read_parquet(step / "rows.parquet")
             fresh: dict[tuple[str, str, float | None], list[Json]] = {}
             for row in rows:
+                if subset and row["subset"] != subset and settings["split"] != HELD_OUT:
+                    continue
                 if row["system"] == PLAIN:
                     row["alpha"] = None
                 fresh.setdefault((row["dataset"], row["system"], row["alpha"]), []).append(row)
@@ -312,9 +318,9 @@ def equal_length(a: Dial, b: Dial, draws: int) -> tuple[float, Interval]:
     return estimate, interval(np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])]), estimate)
 
 
-def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int) -> str:
+def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "") -> str:
     """All tables, or those named, as Markdown."""
-    found = read(folders)
+    found = read(folders, subset)
     names = list(dict.fromkeys(name for name, _, _ in found))
     parts: list[str] = []
     for name in only or names:
@@ -378,6 +384,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="the --out of cotvalve run, one for each seed")
     parser.add_argument("--table", action="append", default=[], help="only this one: main, table7, ...; can be given several times")
     parser.add_argument("--against", default=PLAIN, help="the system that all are compared with: at its alpha 1, and along its dial")
+    parser.add_argument("--subset", default="", help="only the questions of this part of a test set: numeric, of asdiv")
     parser.add_argument("--loss", type=float, default=1.0, help="points of held-out accuracy that 'no loss' may cost")
     parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
     parser.add_argument("--figures", type=Path, help="a folder for the figures")
@@ -391,7 +398,7 @@ def main() -> None:
         if given.figures:
             for path in draw(given.folders, given.table, given.draws, given.figures):
                 print(path, file=sys.stderr)
-        print(document(given.folders, given.table, given.against, given.loss, given.draws))
+        print(document(given.folders, given.table, given.against, given.loss, given.draws, given.subset))
     except CotvalveError as error:
         raise SystemExit(f"reproduction: {error}") from None
 

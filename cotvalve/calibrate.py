@@ -101,6 +101,10 @@ def _from_sweep(settings: CalibrateSettings, home: Path) -> Path:
     rows = [row for row in read_parquet(folder / "rows.parquet") if (row["dataset"], row["system"]) == (settings.data, systems[digest])]
     if not rows:
         raise DataError(f"{folder}: has no {settings.data}; its data is {found['settings']['data']}")
+    if "text" not in rows[0]:
+        raise DataError(f"{folder}: its rows were published without their texts, so that looping chains cannot be told")
+    # What the chains were made with is the sweep's to say: model, positions, prompt, decoding, seed.
+    settings = settings.but(**{name: value for name, value in found["settings"].items() if name in {*Sampling.model_fields, "limit"}})
     chosen_on = f"{len({row['problem'] for row in rows})} {_origin(home, settings.data)}"
     told = {**found["facts"], "direction": settings.direction}
     with _opened(settings, home, {key: told[key] for key in ("direction", "data")}) as at:

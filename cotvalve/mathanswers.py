@@ -63,7 +63,7 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|operat
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]+|\(?[A-Z]\)?")
 _BASE = re.compile(r"(-?[0-9A-Z.]+)_\{?(\d+|two|ten)\}?")
 _COLON = re.compile(r"\d\s?:\s?\d")
-_MATRIX = re.compile(r"((?:(?!\\begin|[=+,;]).){0,60}?)\\begin\{pmatrix\}((?:(?!\\begin).){1,500})\\end\{pmatrix\}", re.DOTALL)
+_MATRIX = re.compile(r"(-?(?:(?!\\begin|[-=+,;]).){0,60}?)\\begin\{pmatrix\}((?:(?!\\begin).){1,500})\\end\{pmatrix\}", re.DOTALL)
 _NAME = r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))"
 _CHAIN = re.compile(r"([^<>\\]{1,80}|-?\\[^<>]{1,80}?)(<|\\leq)\s{0,3}[a-zA-Z]\s{0,3}(<|\\leq)(.{1,80})")
 _HALF = re.compile(r"[a-zA-Z]\s{0,3}(<|>|\\leq|\\geq)(.{1,80})")
@@ -202,9 +202,8 @@ def _shape(text: str) -> Shape:
 
 
 def _times(factor: str, cell: str) -> str:
-    if factor == "-":
-        return cell[1:].strip() if cell.startswith("-") else f"-{cell}"
-    return f"{factor}({cell})" if factor else cell
+    """One cell with the factor in front of its matrix. The dot is for algebra, which reads 2(1) as no product."""
+    return rf"{'-1' if factor == '-' else factor} \cdot ({cell})" if factor else cell
 
 
 def _encloses(text: str) -> bool:

@@ -17,6 +17,7 @@ from cotvalve.calibrate import CalibrateSettings, measure, run
 from cotvalve.calibration import Calibration, fingerprint, fit, pool
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, SettingError
+from cotvalve.records import read_parquet, write_parquet
 from cotvalve.repetition import loops
 from cotvalve.sweep import SweepSettings
 
@@ -337,8 +338,10 @@ def test_a_sweep_of_the_held_out_questions_makes_the_same_calibration(settings: 
     assert sampled is not None
     (tmp_path / "d" / "calibration.json").unlink()
     shutil.rmtree(tmp_path / "base")
-    taken = settings.but(sweep=str(tmp_path / "held"), out=str(tmp_path / "taken"))
+    taken = CalibrateSettings(sweep=str(tmp_path / "held"), direction=settings.direction, data="arithmetic", degenerate=100.0, out=str(tmp_path / "taken"))
     run(taken)
+    told = json.loads((tmp_path / "taken" / "run.json").read_text())["settings"]
+    assert (told["model"], told["alphas"], told["prompt"], told["limit"]) == (settings.model, [0, 0.5, 1], "plain", 6)
     made = Calibration.beside(tmp_path / "d")
     assert made is not None
     assert (made.positions, made.questions, made.chosen_on) == (sampled.positions, sampled.questions, sampled.chosen_on)
@@ -349,6 +352,10 @@ def test_a_sweep_of_the_held_out_questions_makes_the_same_calibration(settings: 
         run(taken.but(direction=str(direction(tmp_path / "third", seed=6))))
     with pytest.raises(DataError, match="has no gsm8k; its data is arithmetic"):
         run(taken.but(data="gsm8k"))
+    kept = read_parquet(tmp_path / "held" / "rows.parquet")
+    write_parquet(tmp_path / "held" / "rows.parquet", [{key: value for key, value in row.items() if key != "text"} for row in kept])
+    with pytest.raises(DataError, match="published without their texts"):
+        run(taken)
 
 
 def test_a_calibrated_valve_takes_tokens_and_savings(settings: CalibrateSettings, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
         elif isinstance(s, SweepSettings):
             held = s.split == "heldout"
             assert (step.name.endswith("-heldout"), s.seed if held else 0, s.temperature) == (held, 0, 0)
-            assert s.limit in ((300, None) if held else (None,))
+            assert s.limit == ({"briefer": None}.get(path.stem, 300) if held else None)
             directions = named_directions(s.direction)
             assert "\n" not in s.direction
             swept.setdefault((step.name.partition("-")[0], held), set()).update(directions.values())
@@ -252,6 +252,16 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
     assert all(swept[table, True] == swept[table, False] for table in tables)
     used = set().union(*swept.values()) | {s.direction for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, MixSettings))}
     assert learned <= used
+
+
+def test_a_part_of_a_test_set_has_tables_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "0"
+    marked = [{**row, "subset": "numeric" * (row["problem"] in ("q0", "q1"))} for row in rows(0.0, "+-++", [200] * 4)]
+    sweep(folder / "main-gsm8k", {PLAIN: marked, "A": [{**row, "alpha": 1.0} for row in marked]})
+    assert "4 questions" in reproduction.document([folder], [], PLAIN, 1.0, 99)
+    part = reproduction.document([folder], [], PLAIN, 1.0, 99, "numeric")
+    assert "2 questions" in part
+    assert "| 50.0 [" in part
 
 
 def test_published_rows_give_the_same_tables_without_their_texts(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ ROWS = 2048
 """Of the measurement: a full batch."""
 SPREADS = (1, 3)
 """Programs that may share one row tile's columns."""
+Way = tuple[str, Branch | Beside]
+"""An attribute of an inlet and what it is set to."""
 
 
 def faster_branches(dial: Dial) -> Iterator[Replacement]:
@@ -45,10 +47,6 @@ def faster_branches(dial: Dial) -> Iterator[Replacement]:
             chosen[shape] = _fastest(inlet, dial, aside)
         if way := chosen[shape]:
             yield inlet, *way
-
-
-Way = tuple[str, Branch | Beside]
-"""An attribute of an inlet and what it is set to."""
 
 
 def _ways(inlet: Inlet, aside: Beside) -> Iterator[Way]:

@@ -10,6 +10,8 @@ from subprocess import SubprocessError
 import torch
 from torch import Tensor, nn
 
+from cotvalve.inlets import Beside
+
 
 def available(model: nn.Module) -> bool:
     """Whether kernels can run for `model`: 16 bits on an NVIDIA card, with Triton (it comes with torch)."""
@@ -48,7 +50,7 @@ def beside(stream: torch.cuda.Stream, here: Callable[[], Tensor], there: Callabl
     return one, two
 
 
-def aside(device: torch.device | None) -> Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]:
+def aside(device: torch.device | None) -> Beside:
     """`beside` on a stream of its own."""
     return partial(beside, torch.cuda.Stream(device))
 
