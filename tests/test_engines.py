@@ -571,8 +571,9 @@ TRITON = pytest.mark.skipif(
 
 @TRITON
 @pytest.mark.parametrize("tile", gated.TILES)
+@pytest.mark.parametrize("rank", [5, 8, 24])
 @pytest.mark.parametrize("dial", [False, True], ids=["closed", "turned"])
-def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated.Tile) -> None:
+def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated.Tile, rank: int) -> None:
     """Rows, columns and ranks that fill no tile; both branches cut from one product, as an inlet gives them."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     draw = torch.Generator().manual_seed(1)
@@ -580,7 +581,7 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw).to(device, dtype)
 
-    rows, width, rank = 37, 150, 5
+    rows, width = 37, 150
     gate, up, turned, b_gate, b_up = some(rows, 1, width), some(rows, 1, width), some(rows, 2 * rank), some(width, rank), some(width, rank)
     sides: list[Parts] = [(gate, None, None, 0.5), (up, None, None, 2.0)]
     if dial:

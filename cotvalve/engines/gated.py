@@ -107,10 +107,11 @@ def gated(gate: Parts, up: Parts, tile: Tile = TILES[0]) -> Tensor:
     turned_g, b_g, turned_u, b_u = (y if tensor is None else tensor for tensor in (gate[1], gate[2], up[1], up[2]))
     dial = gate[1] is not None
     ranks = [b.shape[1] if dial else 1 for b in (b_g, b_u)]
+    strides = [turned_g.stride(0), turned_u.stride(0)]
     tiles: Any = gated_tile
     tiles[-(-rows // tile.rows), -(-width // tile.columns)](
-        y, up[0], turned_g, b_g, turned_u, b_u, out, rows, width, turned_g.stride(0), turned_u.stride(0), gate[3], up[3], *ranks,
-        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), EIGHTS=not any(rank % 8 for rank in ranks), DIAL=dial, ROWS=tile.rows, COLUMNS=tile.columns,
-        num_warps=tile.warps,
+        y, up[0], turned_g, b_g, turned_u, b_u, out, rows, width, *strides, gate[3], up[3], *ranks,
+        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), EIGHTS=not any(number % 8 for number in (*ranks, *strides)),
+        DIAL=dial, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return out

@@ -13,8 +13,8 @@ def gated_tile(
     """silu(gate + scale_g B_g turned_g) * (up + scale_u B_u turned_u) for one tile of `out` [rows, width].
 
     gate, up and out lie row by row; turned is [rows, rank] with its own stride, B [width, rank]. RANK is a power of 2,
-    16 or more, that no rank exceeds; EIGHTS says that every rank is a multiple of 8, so that a row of B is read at once.
-    Sums are fp32 and rounded where PyTorch's separate operations round.
+    16 or more, that no rank exceeds; EIGHTS says that ranks and strides of turned are multiples of 8, so that a row
+    of B is read at once. Sums are fp32 and rounded where PyTorch's separate operations round.
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -73,7 +73,7 @@ def branch_tile(
     """y += scale B (alpha A x) for ROWS rows of up to three layers that read x; their A lie one below the other in `a`.
 
     Each y is [rows, out], each B [out, rank]. The programs of one row tile share the blocks of columns among them, and
-    each makes alpha A x for itself: that is shorter than another kernel.
+    each makes alpha A x for itself, in place of another kernel.
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     r = tl.arange(0, RANK)
