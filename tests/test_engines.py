@@ -5,7 +5,8 @@ import os
 import random
 import sys
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cotvalve import Valve, checkpoints
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, attend, branch, gated, kernels, pick, rotation, slots, thin
+from cotvalve.engines import Engine, attend, between, branch, gated, kernels, layers, pick, rotation, slots, thin
 from cotvalve.engines.batch import Batch
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
@@ -669,13 +670,15 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
     from cotvalve.engines import tiles
 
     whole = {"rows", "width", "tokens", "rank", "out_1", "out_2", "out_3", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "stride_g", "stride_u"}
-    whole |= {"length", "dim", "shared", "q_row", "q_head", "token", "head"}
-    odd = {"tokens", "rank", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "shared"}
+    whole |= {"length", "dim", "shared", "q_row", "q_head", "token", "head", "stride", "rank_a"}
+    whole |= {"heads", "others", "half", "cos_row", "stride_q", "stride_k", "stride_v", "rank_q", "rank_k", "rank_v"}
+    odd = {"tokens", "rank", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "shared", "rank_a", "heads", "others", "rank_q", "rank_k", "rank_v"}
+    odd |= {"stride", "stride_q", "stride_k", "stride_v"}
 
     def compiled(kernel: Any, constants: dict[str, int], warps: int, stages: int) -> str:
         names = [name for name in kernel.arg_names if name not in constants]
-        kinds = {name: "i32" if name in whole else "fp32" if name.startswith("scale") else "*bf16" for name in names}
-        kinds |= {name: kind for name, kind in (("alpha", "*fp32"), ("used", "*i32")) if name in names}
+        kinds = {name: "i32" if name in whole else "fp32" if name.startswith(("scale", "eps")) else "*bf16" for name in names}
+        kinds |= {name: kind for name, kind in (("alpha", "*fp32"), ("used", "*i32"), ("position", "*i64")) if name in names}
         source = ASTSource(
             fn=kernel, signature=kinds | dict.fromkeys(constants, "constexpr"),
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
@@ -698,6 +701,12 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
     made = compiled(tiles.branch_tile, {"RANK": 32, "EIGHTS": True, "ROWS": 16, "DEEP": 256, "COLUMNS": branch.COLUMNS}, 4, 3)
     assert made.count("ld.global") < 30
     assert "cp.async" in compiled(tiles.thin_tile, {"RANK": 16, "ROWS": 16, "DEEP": 256}, 4, 3)
+    on = dict.fromkeys(("ADD", "BRANCH", "AHEAD", "EIGHTS"), True)
+    for columns, warps in ((1024, 8), (2048, 16)):
+        made = compiled(tiles.norm_tile, on | {"RANK": 16, "RANK_A": 32, "ROWS": 16, "COLUMNS": columns, "PARTS": 4}, warps, 3)
+        assert "ld.global.v4" in made
+    made = compiled(tiles.heads_tile, dict.fromkeys(("DIAL", "PLACED", "EIGHTS"), True) | {"RANK": 16, "ROWS": 32, "HALF": 32}, 4, 3)
+    assert "ld.global.v4" in made
 
 
 def test_our_attention_is_taken_where_it_is_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -736,6 +745,134 @@ def test_our_attention_is_taken_where_it_is_right_and_faster(monkeypatch: pytest
     assert not [*attend.faster_attention(model)]
 
 
+@TRITON
+@pytest.mark.parametrize(("ranks", "alphas"), [((4, 4, 4), 37), ((3, 8, 5), 1), ((8, 8, 8), 37), (None, 0)])
+@pytest.mark.parametrize(("dim", "heads", "others"), [(64, 3, 1), (24, 2, 2), (128, 5, 1)])
+@pytest.mark.parametrize(("placed", "tile"), [(False, between.TILES[0]), *((True, tile) for tile in between.TILES)])
+def test_heads_are_those_of_transformers(
+    ranks: tuple[int, int, int] | None, alphas: int, dim: int, heads: int, others: int, placed: bool, tile: between.Tile
+) -> None:
+    """Branches, rotation and the cache in one kernel: tokens that fill no tile, halves that are no power of two, ranks of any width."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draw = torch.Generator().manual_seed(6)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    rows, tokens = (37, 1) if placed else (5, 9)
+    counts = heads, others, others
+    y = [some(rows, tokens, count * dim) for count in counts]
+    parts: list[Parts] = [(one, None, None, 1.0) for one in y]
+    if ranks:
+        # As an inlet gives them where A is one matrix, and apart.
+        joined = some(rows * tokens, sum(ranks))
+        thins = joined.split(ranks, 1) if alphas > 1 else [some(rows * tokens, rank) for rank in ranks]
+        parts = [(one, t, some(one.shape[-1], t.shape[1]), scale) for one, t, scale in zip(y, thins, (0.5, 2.0, 1.0), strict=True)]
+    cos, sin = some(rows, tokens, dim), some(rows, tokens, dim)
+    whole = [one if t is None or b is None else (one.float() + scale * (t @ b.t()).float().view(one.shape)).to(dtype) for one, t, b, scale in parts]
+    q, k, v = (one.view(rows, tokens, -1, dim).transpose(1, 2) for one in whole)
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    wanted = [one.transpose(1, 2) for one in (q, k, v)]
+    loose = {"rtol": 0.03, "atol": 0.01 * float(max(one.abs().max() for one in whole))} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    if not placed:
+        found = between.turned_heads(parts, cos, sin, None, tile)
+    else:
+        position = torch.randperm(200, generator=draw)[:rows].to(device)
+        caches = [some(200, others, dim) for _ in range(2)]
+        before = [cache.clone() for cache in caches]
+        query, *_ = between.turned_heads(parts, cos, sin, (caches[0], caches[1], position), tile)
+        found = [query, *(cache[position][:, None] for cache in caches)]
+        rest = torch.ones(200, dtype=torch.bool, device=device).index_fill(0, position, False)
+        assert all(torch.equal(cache[rest], old[rest]) for cache, old in zip(caches, before, strict=True))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours, theirs, **loose)
+
+
+@TRITON
+@pytest.mark.parametrize("width", [96, 300, 2048])
+@pytest.mark.parametrize("more", ["none", "plain", 5, 8])
+@pytest.mark.parametrize(("ahead", "alphas", "split"), [(0, 0, between.SPLITS[0]), (24, 1, between.SPLITS[1]), *((5, 37, each) for each in between.SPLITS)])
+def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int, ahead: int, alphas: int, split: between.Split) -> None:
+    """With and without a product to add, its branch, and A x of the norm; closed rows of A x are exact zeros."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draw = torch.Generator().manual_seed(7)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    hidden, y, w, rows = some(37, 1, width), some(37, 1, width), some(width), 37
+    total, parts = hidden, None
+    if isinstance(more, int):
+        t, b = some(rows, 2 * more)[:, :more], some(width, more)
+        parts, total = (y, t, b, 0.5), hidden + (y.float() + 0.5 * (t @ b.t()).float()[:, None]).to(dtype)
+    elif more == "plain":
+        parts, total = (y, None, None, 1.0), hidden + y
+    a, alpha = some(ahead, width), torch.randn(max(1, alphas), 1, 1, generator=draw).to(device)
+    if alphas > 1:
+        alpha[0] = 0
+    given = (a, alpha) if ahead else None
+    loose = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    found, norm, thin_ = between.normed(hidden, parts, w, 1e-6, given, split)
+    wanted = torch.nn.functional.rms_norm(found, [width], w, 1e-6)
+    assert torch.allclose(found, total, **loose)
+    assert (found is hidden) == (parts is None)
+    assert torch.allclose(norm, wanted, **loose)
+    assert (thin_ is None) == (ahead == 0)
+    if thin_ is not None:
+        assert alphas == 1 or torch.equal(thin_[0], torch.zeros_like(thin_[0]))
+        scale = float((norm @ a.t()).abs().max())
+        assert torch.allclose(thin_, ((norm @ a.t()) * alpha).to(dtype), rtol=loose["rtol"], atol=loose["atol"] * scale)
+
+
+@pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1")
+@pytest.mark.parametrize("split", [None, between.SPLITS[0]])
+@pytest.mark.parametrize("which", ["all", "attention", "mlp", "none"])
+def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, which: str, split: between.Split | None) -> None:
+    """The engine with all layers in the kernels' hands, in an interpreter: prompts and steps, any part with a branch; all given back."""
+    monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
+    kept = {"all": "", "attention": "self_attn", "mlp": "mlp", "none": "nothing"}[which]
+    factors = {name: factor for name, factor in direction().factors.items() if kept in name}
+    asked = mixture(6) if factors else [replace(request, alpha=0.0) for request in mixture(6)]
+    turned = Valve(models.llama(), models.tokenizer(["</think>"]), Direction(factors, Card("base")) if factors else None)
+    expected = run(engine("transformers", on=turned), asked)
+    tried: list[layers.Layer] = []
+
+    def seconds(work: Any) -> float:
+        work()
+        if not isinstance(work, partial) or not isinstance(work.func, layers.Layer):
+            return own_takes
+        tried.append(work.func)
+        return 1.0 + (work.func.split != split) + (work.func.tile != between.TILES[2])
+
+    for module in ("batch", "slots"):
+        monkeypatch.setattr(f"cotvalve.engines.{module}.reads_rows", lambda _: True)
+    monkeypatch.setattr(slots, "read_rows", by_rows)
+    monkeypatch.setattr(kernels, "available", lambda _: True)
+    monkeypatch.setattr(kernels, "seconds", seconds)
+    monkeypatch.setattr(layers, "MANY", 6)
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
+    seen: list[bool] = []
+    own = layers.turned_heads
+    monkeypatch.setattr(layers, "turned_heads", lambda *given: seen.append(given[3] is not None) or own(*given))
+    own_takes = 1.5 if factors or split is None else 2.5  # without a dial nothing is split
+    of = engine("transformers", on=turned)
+    assert run(of, asked) == expected
+    assert isinstance(of._faster, list)
+    found = [found for _, _, found in of._faster if isinstance(found, layers.Layer)]
+    assert len(found) == turned.model.config.num_hidden_layers
+    assert {(one.split, one.tile) for one in found} == {(split if factors else None, between.TILES[2])}
+    assert {one.split for one in tried} == ({None, *between.SPLITS} if factors else {None})
+    assert seen.count(True) > 20
+    assert False in seen
+    assert not any("forward" in vars(module) for module in [*turned.model.model.layers, turned.model.model.norm])
+    own_takes = 0.5
+    slower = engine("transformers", on=turned)
+    assert run(slower, asked) == expected
+    assert not any(isinstance(found, layers.Layer) for _, _, found in slower._faster)
+
+
 def test_rotation_is_replaced_where_it_is_that_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the kernel's hands, its arithmetic by PyTorch; another formula is left alone; afterwards all is as it was."""
     model = models.llama()
@@ -766,7 +903,9 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(gated, "gated_layers", lambda *_: [])
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
-    monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda _: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected
     assert calls > 20
     assert turned.dial is not None
@@ -843,7 +982,7 @@ def test_branches_are_taken_where_they_are_right_and_faster(monkeypatch: pytest.
         gated_ = "gate_proj" in owner.names
         assert name == ("beside" if gated_ else "branch")
         assert gated_ or other.args[0] == branch.SPREADS[1]  # the fastest is wrong
-    monkeypatch.setattr(TransformersEngine, "_find_faster", lambda _: iter(found))
+    monkeypatch.setattr(TransformersEngine, "_find_faster", lambda _: found)
     calls.clear()
     assert run(engine("transformers", on=turned), mixture(6)) == expected
     assert set(calls) == {0, 1, 3}
@@ -899,12 +1038,14 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     monkeypatch.setattr(kernels, "available", lambda _: True)
     monkeypatch.setattr(thin, "proves", lambda _: False)
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
-    monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda _: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
     of = engine("transformers", on=turned)
     assert run(of, mixture(6)) == expected
     assert tiles == set(gated.TILES)
     tiles.clear()
     assert run(of, mixture(6)) == expected
-    assert {tile.columns for tile in tiles} == {256}
+    assert {tile.columns for tile in tiles} == {max(tile.columns for tile in gated.TILES)}
     assert calls > 20
     assert not any("forward" in vars(m) for name, m in turned.model.named_modules() if name.endswith("mlp"))

@@ -34,8 +34,9 @@ Way = tuple[str, Branch | Beside]
 """An attribute of an inlet and what it is set to."""
 
 
-def faster_branches(dial: Dial) -> Iterator[Replacement]:
-    """The inlets that are faster, and right, by this kernel or with A x beside W x. Gate and up are added up by the gated kernel."""
+def faster_branches(dial: Dial, *, alone: bool = True) -> Iterator[Replacement]:
+    """The inlets that are faster, and right, by this kernel or with A x beside W x. Gate and up are added up by the gated kernel;
+    where layers are whole (not `alone`) all branches are added by their kernels, and only A x beside W x is tried."""
     device = weight(next(iter(dial.inlets.of)).lora_A[ADAPTER]).device if dial.inlets.of else None
     aside = kernels.aside(device)
     chosen: dict[object, Way | None] = {}
@@ -44,7 +45,7 @@ def faster_branches(dial: Dial) -> Iterator[Replacement]:
             continue
         shape = "gate_proj" in inlet.names, *((layer.in_features, layer.out_features, layer.r[ADAPTER]) for layer in inlet.layers)
         if shape not in chosen:
-            chosen[shape] = _fastest(inlet, dial, aside)
+            chosen[shape] = _fastest(inlet, dial, [*_ways(inlet, aside)] if alone else [("beside", aside)])
         if way := chosen[shape]:
             yield inlet, *way
 
@@ -56,7 +57,7 @@ def _ways(inlet: Inlet, aside: Beside) -> Iterator[Way]:
         yield from (("branch", partial(branched, spread)) for spread in SPREADS)
 
 
-def _fastest(inlet: Inlet, dial: Dial, aside: Beside) -> Way | None:
+def _fastest(inlet: Inlet, dial: Dial, ways: Sequence[Way]) -> Way | None:
     like = weight(inlet.layers[0].lora_A[ADAPTER])
     x = torch.randn(ROWS, 1, like.shape[1], device=like.device, dtype=like.dtype)
     alphas = torch.linspace(-1, 1.5, ROWS, device=like.device)
@@ -69,7 +70,7 @@ def _fastest(inlet: Inlet, dial: Dial, aside: Beside) -> Way | None:
     best: Way | None = None
     with torch.no_grad(), dial.at(alphas):
         wanted, least = outputs(), kernels.seconds(outputs)
-        for way in _ways(inlet, aside):
+        for way in ways:
             with replaced([(inlet, *way)]):
                 found = outputs()
                 right = all(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = (Tile(32, 128, 4), Tile(64, 64, 4), Tile(16, 256, 4), Tile(64, 128, 8))
+TILES = (Tile(32, 128, 4), Tile(64, 64, 4), Tile(16, 256, 4), Tile(64, 128, 8), Tile(16, 512, 8), Tile(32, 256, 8))
 """Which one is fastest is measured on the card, for each shape."""
 MANY = 2048
 """Rows of that measurement: a full batch."""
@@ -57,7 +58,7 @@ def _gated(module: Any, dial: Dial | None, best: dict[torch.Size, Tile]) -> Repl
     weight = base.weight
     if weight.shape not in best:
         best[weight.shape] = _fastest(module, dial, weight)
-    fused = partial(_forward, module, module.forward, dial, best[weight.shape])
+    fused = Gated(module, module.forward, dial, best[weight.shape])
     # Names are not enough (some models scale or clamp in between), and neither is one card's Triton for another's.
     sample = torch.linspace(-2, 2, 3 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
     for position in (nullcontext(), nullcontext() if dial is None else dial.at(1.0)):
@@ -77,20 +78,37 @@ def _fastest(module: Any, dial: Dial | None, like: Tensor) -> Tile:
         return min(TILES, key=lambda tile: kernels.seconds(partial(gated, gate, up, tile)))
 
 
-def _forward(module: Any, general: Callable[[Tensor], Tensor], dial: Dial | None, tile: Tile, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        return general(x)
-    gate, up = _sides(module, dial, x)
-    if gate is None or up is None or (gate[1] is None) != (up[1] is None):
-        return general(x)
-    return module.down_proj(gated(gate, up, tile))
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """In place of a layer's forward."""
+
+    module: Any
+    general: Callable[[Tensor], Tensor]
+    """The layer's own forward."""
+    dial: Dial | None
+    tile: Tile
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See the layer."""
+        inner = self.inner(x)
+        return self.general(x) if inner is None else self.module.down_proj(inner)
+
+    def inner(self, x: Tensor) -> Tensor | None:
+        """What down_proj reads; None where only the layer's own forward will do."""
+        if torch.is_grad_enabled():
+            return None
+        gate, up = _sides(self.module, self.dial, x)
+        if gate is None or up is None or (gate[1] is None) != (up[1] is None):
+            return None
+        return gated(gate, up, self.tile)
 
 
 def _sides(module: Any, dial: Dial | None, x: Tensor) -> list[Parts | None]:
-    return [_side(layer, dial, x) for layer in (module.gate_proj, module.up_proj)]
+    return [side(layer, dial, x) for layer in (module.gate_proj, module.up_proj)]
 
 
-def _side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
+def side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
+    """The parts of a linear layer's output, with the dial or without one; None where they cannot be told apart."""
     if type(layer) is nn.Linear:
         return layer(x), None, None, 0.0
     return dial.parts(layer, x) if dial is not None else None

@@ -19,6 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 ATTENTION = "cotvalve_slots"
 
 
+Placed = tuple[Tensor, Tensor, Tensor]
+"""Keys and values of all slots, [slots * length, heads, dim], and where each row writes [rows]."""
+
+
 class Span(NamedTuple):
     """Rows `start` to `stop` of a decoding step, and the cache positions that the longest of them reaches."""
 
@@ -65,7 +69,7 @@ def read_rows(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scaling: fl
     )[0]  # fmt: skip
 
 
-def _attention(
+def attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, spans: Sequence[Span] | None = None, ends: Ends | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -93,7 +97,7 @@ def _attention(
 
 
 # Without a mask function under this name, transformers hands masks through as they are given.
-AttentionInterface.register(ATTENTION, _attention)
+AttentionInterface.register(ATTENTION, attention)
 
 
 class Window:
@@ -148,6 +152,15 @@ class SlotLayer(CacheLayerMixin):
         self.keys[every, :, window.position] = key_states[:, :, 0]
         self.values[every, :, window.position] = value_states[:, :, 0]
         return self.keys[: window.rows, :, : window.length], self.values[: window.rows, :, : window.length]
+
+    def placed(self) -> Placed | None:
+        """Where a decoding step writes, for a kernel that does; None elsewhere, and before anything was written."""
+        window = self.window
+        if window.slots is not None or window.position is None or not (window.by_token and self.is_initialized):
+            return None
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys.flatten(0, 1), self.values.flatten(0, 1), window.position
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""The kernels of `gated.py`, `thin.py`, `branch.py`, `rotation.py` and `attend.py`, apart because Triton is not everywhere."""
+"""The kernels of `gated.py`, `thin.py`, `branch.py`, `rotation.py`, `attend.py` and `between.py`, apart because Triton is not everywhere."""
 
 import triton
 import triton.language as tl
@@ -173,3 +173,112 @@ def attend_tile(
         most = higher
     to = out + (row * tl.num_programs(1) * shared + heads)[:, None] * dim + d[None, :]
     tl.store(to, (total / weight[:, None]).to(query.dtype), mask=mine)
+
+
+@triton.jit
+def norm_tile(
+    h, y, turned, b, w, a, alpha, out, x, ahead, rows, width, tokens, stride, rank, rank_a, scale, eps,
+    ADD: tl.constexpr, BRANCH: tl.constexpr, AHEAD: tl.constexpr, EIGHTS: tl.constexpr,
+    RANK: tl.constexpr, RANK_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out = h + (y + scale B turned), x = its RMS norm times w, ahead = alpha * A x; ROWS rows of [rows, width], which COLUMNS hold.
+
+    Without ADD there is no y and no out, without BRANCH no B, without AHEAD no A. Rounded where separate operations round.
+    """
+    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    j = tl.arange(0, COLUMNS)
+    inside = (i < rows)[:, None] & (j < width)[None, :]
+    at = i[:, None] * width + j[None, :]
+    value = tl.load(h + at, mask=inside, other=0.0)
+    kind = value.dtype
+    if AHEAD:  # on its way while the norm is made
+        r = tl.arange(0, RANK_A)
+        left = tl.load(a + r[None, :] * width + j[:, None], mask=(r < rank_a)[None, :] & (j < width)[:, None], other=0.0)
+    if ADD:
+        more = tl.load(y + at, mask=inside, other=0.0)
+        if BRANCH:
+            if EIGHTS:
+                rank, stride = rank // 8 * 8, stride // 8 * 8
+            more = branched(more, turned, b, i, j, rows, width, stride, rank, scale, RANK)
+        value = (value.to(tl.float32) + more.to(tl.float32)).to(kind)
+        tl.store(out + at, value, mask=inside)
+    wide = value.to(tl.float32)
+    shrink = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
+    by = tl.load(w + j, mask=j < width, other=0.0).to(tl.float32)
+    normed = (wide * shrink[:, None] * by[None, :]).to(kind)
+    tl.store(x + at, normed, mask=inside)
+    if AHEAD:
+        # In parts, so that the warps share the product.
+        one = tl.permute(tl.reshape(normed, (ROWS, PARTS, COLUMNS // PARTS)), (1, 0, 2))
+        two = tl.reshape(left, (PARTS, COLUMNS // PARTS, RANK_A))
+        thin = tl.sum(tl.dot(one, two), 0).to(kind).to(tl.float32)
+        turn_by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
+        to = ahead + i[:, None] * rank_a + r[None, :]
+        tl.store(to, tl.where(turn_by == 0.0, 0.0, thin * turn_by).to(kind), mask=(i < rows)[:, None] & (r < rank_a)[None, :])
+
+
+@triton.jit
+def branched(y, turned, b, i, j, rows, width, stride, rank, scale, RANK: tl.constexpr):
+    """y + scale B turned for the rows i and columns j; B is [width, rank], turned [rows, rank] with a stride."""
+    k = tl.arange(0, RANK)
+    t = tl.load(turned + i[:, None] * stride + k[None, :], mask=(i < rows)[:, None] & (k < rank)[None, :], other=0.0)
+    up = tl.load(b + j[None, :] * rank + k[:, None], mask=(j < width)[None, :] & (k < rank)[:, None], other=0.0)
+    return (y.to(tl.float32) + scale * tl.dot(t, up)).to(y.dtype)
+
+
+@triton.jit
+def heads_tile(
+    q, k, v, turned_q, turned_k, turned_v, b_q, b_k, b_v, cos, sin, position, out_q, out_k, out_v,
+    rows, tokens, heads, others, half, cos_row, stride_q, stride_k, stride_v, rank_q, rank_k, rank_v, scale_q, scale_k, scale_v,
+    DIAL: tl.constexpr, PLACED: tl.constexpr, EIGHTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One head of q, k or v for ROWS tokens: its branch added, q and k turned by their positions, k and v put where `position` says.
+
+    q, k, v are [rows, heads, 2 * half], row by row in memory; cos and sin [rows / tokens or 1, tokens, 2 * half].
+    """
+    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    if EIGHTS:
+        rank_q, rank_k, rank_v = rank_q // 8 * 8, rank_k // 8 * 8, rank_v // 8 * 8
+        stride_q, stride_k, stride_v = stride_q // 8 * 8, stride_k // 8 * 8, stride_v // 8 * 8
+    to = tl.load(position + i, mask=i < rows, other=0) if PLACED else i
+    angle = (i // tokens) * cos_row + i % tokens * 2 * half
+    head = tl.program_id(1)
+    if head < heads:
+        one_head(q, turned_q, b_q, cos, sin, out_q, i, i, angle, head, heads, rows, half, stride_q, rank_q, scale_q, True, DIAL, RANK, HALF)
+    elif head < heads + others:
+        head -= heads
+        one_head(k, turned_k, b_k, cos, sin, out_k, i, to, angle, head, others, rows, half, stride_k, rank_k, scale_k, True, DIAL, RANK, HALF)
+    else:
+        head -= heads + others
+        one_head(v, turned_v, b_v, cos, sin, out_v, i, to, angle, head, others, rows, half, stride_v, rank_v, scale_v, False, DIAL, RANK, HALF)
+
+
+@triton.jit
+def one_head(
+    y, turned, b, cos, sin, out, i, to, angle, head, heads, rows, half, stride, rank, scale,
+    TURN: tl.constexpr, DIAL: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, HALF)
+    inside = (i < rows)[:, None] & (d < half)[None, :]
+    at = y + (i[:, None] * heads + head) * 2 * half + d[None, :]
+    low, high = tl.load(at, mask=inside, other=0.0), tl.load(at + half, mask=inside, other=0.0)
+    kind = low.dtype
+    if DIAL:
+        first = head * 2 * half
+        low = branched(low, turned, b + first * rank, i, d, rows, half, stride, rank, scale, RANK)
+        high = branched(high, turned, b + (first + half) * rank, i, d, rows, half, stride, rank, scale, RANK)
+    if TURN:
+        turns = angle[:, None] + d[None, :]
+        c1, c2 = tl.load(cos + turns, mask=inside, other=0.0), tl.load(cos + turns + half, mask=inside, other=0.0)
+        s1, s2 = tl.load(sin + turns, mask=inside, other=0.0), tl.load(sin + turns + half, mask=inside, other=0.0)
+        low, high = rotate(low, high, c1, s1), rotate(high, -low, c2, s2)
+    place = out + (to[:, None] * heads + head) * 2 * half + d[None, :]
+    tl.store(place, low.to(kind), mask=inside)
+    tl.store(place + half, high.to(kind), mask=inside)
+
+
+@triton.jit
+def rotate(x, beside, cos, sin):
+    """x cos - beside sin, rounded where PyTorch's two products and their sum are."""
+    one, two = x.to(tl.float32) * cos.to(tl.float32), beside.to(tl.float32) * sin.to(tl.float32)
+    return (one.to(x.dtype).to(tl.float32) - two.to(x.dtype).to(tl.float32)).to(x.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from cotvalve.engines import gated, kernels, thin
 from cotvalve.engines.attend import faster_attention
 from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.branch import faster_branches
+from cotvalve.engines.layers import faster_layers
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.replaced import Replacement, replaced
 from cotvalve.engines.rotation import fused_rotation
@@ -131,30 +132,38 @@ class TransformersEngine:
         model.set_attn_implementation(ATTENTION)
         try:
             if self._faster is None:
-                self._faster = list(self._find_faster())
+                self._faster = self._find_faster()
             with replaced(self._faster):
                 yield
         finally:
             model.set_attn_implementation(before or "sdpa")
 
-    def _find_faster(self) -> Iterator[Replacement]:
-        """What this model's parts may be replaced by: all prove themselves against the model's own first, once."""
+    def _find_faster(self) -> list[Replacement]:
+        """What this model's parts are replaced by: all prove themselves against the model's own first, once."""
         model, dial = self.valve.model, self.valve.dial
-        if model.device.type == "cuda":
-            yield from fused_norms(model)
+        found: list[Replacement] = list(fused_norms(model)) if model.device.type == "cuda" else []
         if not kernels.available(model):
-            return
+            return found
+
+        def faster(more: Callable[[], Iterable[Replacement]]) -> int:
+            """How many parts `more` finds, measured beside what was found before."""
+            with replaced(found):
+                new = list(more())
+            found.extend(new)
+            return len(new)
+
         try:
-            product: list[Replacement] = [(dial, "kernel", thin.thin)] if dial is not None and thin.proves(dial.inlets) else []
-            yield from product
-            yield from gated.gated_layers(model, dial)
+            if dial is not None and thin.proves(dial.inlets):
+                found.append((dial, "kernel", thin.thin))
+            faster(lambda: gated.gated_layers(model, dial))
+            faster(lambda: fused_rotation(model))
+            faster(lambda: faster_attention(model))
+            whole = faster(lambda: faster_layers(model, dial)) > 0
             if dial is not None:
-                with replaced(product):  # what branches have to be faster than
-                    yield from faster_branches(dial)
-            yield from fused_rotation(model)
-            yield from faster_attention(model)
+                faster(lambda: faster_branches(dial, alone=not whole))
         except kernels.failures() as error:  # no compiler that knows this card, or no memory to try them in
             warnings.warn(f"our kernels are left out, PyTorch's are slower: {type(error).__name__}: {error}", stacklevel=2)
+        return found
 
     def slots_that_fit(self, longest: int) -> int:
         """Slots whose caches fit the free memory, for chains of `longest` tokens with their prompt."""
