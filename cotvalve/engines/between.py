@@ -1,8 +1,8 @@
 """What stands between two products of a decoder layer as one kernel, with the dial's branch of the product before it inside.
 
-A residual sum is one with the branch of the product that it adds, the norm behind it, and A x of the layers that read
-that norm; the branches of queries, keys and values are one with the rotation and with writing the cache. The roundings
-are PyTorch's, so alpha 0 adds exact zeros.
+A residual sum is one with the branch of the product that it adds and with the norm behind it; the branches of queries,
+keys and values are one with the rotation and with writing the cache. The roundings are PyTorch's, so alpha 0 adds exact
+zeros. A x in the norm's kernel too was tried on an H100: 12.3 microseconds, against 5.8 and 4.4 of two kernels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,6 @@ from cotvalve.engines.slots import Placed
 from cotvalve.inlets import Parts
 
 
-class Split(NamedTuple):
-    """How A x is made in the norm's kernel."""
-
-    parts: int
-    """Of the columns, so that more warps share the product."""
-    warps: int
-
-
 class Tile(NamedTuple):
     """What one program of the heads' kernel computes."""
 
@@ -33,50 +25,34 @@ class Tile(NamedTuple):
     warps: int
 
 
-SPLITS = (Split(4, 8), Split(4, 16), Split(8, 16))
 TILES = (Tile(32, 4), Tile(16, 2), Tile(64, 4), Tile(128, 8))
 """Which ones are fastest is measured on the card."""
 WIDEST = 2048
 """Of a norm: 16 rows of it lie in a block's registers."""
-Ahead = tuple[Tensor, Tensor]
-"""A [r, in] of the layers that read a norm, and their alpha."""
 
 
-def normed(hidden: Tensor, more: Parts | None, w: Tensor, eps: float, ahead: Ahead | None, split: Split = SPLITS[0]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden + y + s B t [B, T, W] of a product's parts, its RMS norm times `w`, and alpha * A x [B, T, r] of that norm."""
+def normed(hidden: Tensor, more: Parts | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """hidden + y + s B t [B, T, W] of a product's parts, and its RMS norm times `w`."""
     from cotvalve.engines.tiles import norm_tile
 
     hidden, w = hidden.contiguous(), w.contiguous()
     width = hidden.shape[-1]
     rows, columns = hidden.numel() // width, _power(width)
-    total, x, thin = hidden, torch.empty_like(hidden), None
+    total, x = hidden, torch.empty_like(hidden)
     # The kernel wants some tensor for each that is not there.
-    y = turned = b = a = alpha = hidden
-    stride = rank = 0
-    scale = 0.0
+    y = turned = b = hidden
+    stride, rank, scale = 0, 0, 0.0
     if more is not None:
         y, total = more[0].contiguous(), torch.empty_like(hidden)
-        if (thin_ := more[1]) is not None and (up := more[2]) is not None:
-            turned, b, scale = thin_, up, more[3]
+        if (thin := more[1]) is not None and (up := more[2]) is not None:
+            turned, b, scale = thin, up, more[3]
             stride, rank = turned.stride(0), b.shape[1]
-    if ahead is not None:
-        a, alpha = ahead[0].contiguous(), ahead[1].reshape(-1).contiguous()
-        thin = hidden.new_empty(*hidden.shape[:-1], len(a))
     tile: Any = norm_tile
     tile[(-(-rows // 16),)](
-        hidden, y, turned, b, w, a, alpha, total, x, hidden if thin is None else thin,
-        rows, width, rows // alpha.numel() if ahead else 1, stride, rank, len(a) if ahead else 0, scale, eps,
-        ADD=more is not None, BRANCH=rank > 0, AHEAD=ahead is not None, EIGHTS=not (rank % 8 or stride % 8),
-        RANK=_power(rank), RANK_A=_power(len(a) if ahead else 0), ROWS=16, COLUMNS=columns, PARTS=split.parts,
-        num_warps=split.warps if ahead else 8 if columns <= 1024 else 16,
+        hidden, y, turned, b, w, total, x, rows, width, stride, rank, scale, eps, ADD=more is not None, BRANCH=rank > 0,
+        EIGHTS=not (rank % 8 or stride % 8), RANK=_power(rank), ROWS=16, COLUMNS=columns, num_warps=8 if columns <= 1024 else 16,
     )  # fmt: skip
-    return total, x, thin
-
-
-def fits(a: Tensor) -> bool:
-    """Whether A and 16 rows of a norm lie in a block's shared memory."""
-    needed = 2 * _power(a.shape[1]) * (16 + _power(len(a)))
-    return not a.is_cuda or needed <= torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin
+    return total, x
 
 
 def turned_heads(parts: Sequence[Parts], cos: Tensor, sin: Tensor, placed: Placed | None = None, tile: Tile = TILES[0]) -> list[Tensor]:

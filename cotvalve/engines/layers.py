@@ -12,16 +12,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cotvalve.engines import kernels, slots
-from cotvalve.engines.between import SPLITS, TILES, WIDEST, Ahead, Split, Tile, fits, normed, turned_heads
+from cotvalve.engines.between import TILES, WIDEST, Tile, normed, turned_heads
 from cotvalve.engines.gated import Gated, side
 from cotvalve.engines.replaced import Replacement
-from cotvalve.inlets import Inlet, Parts
+from cotvalve.inlets import Parts
 
 if TYPE_CHECKING:
     from cotvalve.valve import Dial
@@ -62,12 +61,8 @@ class Layer:
     """Its own forward."""
     after: Any
     """The norm of the next layer, or the model's last one."""
-    reader: nn.Module | None
-    """A linear layer that reads that norm."""
     dial: Dial | None
     stream: Stream
-    split: Split | None = None
-    """How A x is made with a norm; None: by itself."""
     tile: Tile = TILES[0]
 
     def __call__(self, hidden: Tensor, *more: Any, **named: Any) -> Tensor:
@@ -77,35 +72,19 @@ class Layer:
         if more or angles is None or angles[0].shape[-1] != attend.head_dim or torch.is_grad_enabled():
             return self.general(hidden, *more, **named)
         if norm is None:
-            norm = self._norm(hidden, None, layer.input_layernorm, attend.q_proj)[1]
+            norm = _norm(hidden, None, layer.input_layernorm)[1]
         queries, keys, values = (side(getattr(attend, name), self.dial, norm) for name in ATTENTION[:3])
         if queries is None or keys is None or values is None or len({part[1] is None for part in (queries, keys, values)}) > 1:
             return self.general(hidden, **named)
         mixed = self._attend((queries, keys, values), **named)
-        hidden, norm = self._norm(hidden, self._parts(attend.o_proj, mixed), layer.post_attention_layernorm, mlp.gate_proj)
+        hidden, norm = _norm(hidden, self._parts(attend.o_proj, mixed), layer.post_attention_layernorm)
         gated = vars(mlp).get("forward")
         inner = gated.inner(norm) if isinstance(gated, Gated) else None
         last = (mlp(norm), None, None, 0.0) if inner is None else self._parts(mlp.down_proj, inner)
-        return self.stream.put(*self._norm(hidden, last, self.after, self.reader))
+        return self.stream.put(*_norm(hidden, last, self.after))
 
     def _parts(self, layer: nn.Module, x: Tensor) -> Parts:
         return side(layer, self.dial, x) or (layer(x), None, None, 0.0)
-
-    def _norm(self, hidden: Tensor, more: Parts | None, norm: Any, reader: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """The sum and its norm; A x of what reads it is made with it, and left where those layers look for it."""
-        inlet, ahead = self._ahead(hidden, reader)
-        total, x, turned = normed(hidden, more, norm.weight, norm.variance_epsilon, ahead, self.split or SPLITS[0])
-        if inlet is not None:
-            inlet.x, inlet.turned = x, turned
-        return total, x
-
-    def _ahead(self, hidden: Tensor, reader: nn.Module | None) -> tuple[Inlet, Ahead] | tuple[None, None]:
-        if self.split is None or self.dial is None or self.dial.alpha is None or not self.dial.inlets.finite:
-            return None, None
-        inlet = self.dial.inlets.of.get(reader) if isinstance(reader, LoraLinear) else None
-        if inlet is None or inlet.down is None or inlet.down.dtype != hidden.dtype or not fits(inlet.down):
-            return None, None
-        return inlet, (inlet.down, self.dial.shaped(hidden))
 
     def _attend(self, parts: tuple[Parts, Parts, Parts], **named: Any) -> Tensor:
         attend = self.layer.self_attn
@@ -125,6 +104,10 @@ class Layer:
         return mixed.reshape(rows, tokens, -1).contiguous()
 
 
+def _norm(hidden: Tensor, more: Parts | None, norm: Any) -> tuple[Tensor, Tensor]:
+    return normed(hidden, more, norm.weight, norm.variance_epsilon)
+
+
 def faster_layers(model: PreTrainedModel, dial: Dial | None) -> Iterator[Replacement]:
     """All layers, and the norm behind the last one, if each proves to be that formula and the first one is faster so."""
     decoder: Any = model.get_decoder()
@@ -134,8 +117,8 @@ def faster_layers(model: PreTrainedModel, dial: Dial | None) -> Iterator[Replace
     if not alike or model.config.hidden_size > WIDEST or not slots.reads_rows(model):
         return
     stream, general = Stream(), last.forward
-    behind = [(layer.input_layernorm, layer.self_attn.q_proj) for layer in layers[1:]] + [(last, None)]
-    made = [Layer(layer, layer.forward, *after, dial, stream) for layer, after in zip(layers, behind, strict=True)]
+    behind = [layer.input_layernorm for layer in layers[1:]] + [last]
+    made = [Layer(layer, layer.forward, after, dial, stream) for layer, after in zip(layers, behind, strict=True)]
 
     def at(rows: int) -> Any:
         return nullcontext() if dial is None else dial.at(torch.linspace(-1, 1.5, rows))
@@ -147,7 +130,7 @@ def faster_layers(model: PreTrainedModel, dial: Dial | None) -> Iterator[Replace
             best = _fastest(made[0], model)
         if best is None:
             return
-        made = [replace(one, split=best.split, tile=best.tile) for one in made]
+        made = [replace(one, tile=best.tile) for one in made]
         with at(3):
             if not all(_right(one, model, 3, 5) for one in made):
                 return
@@ -172,8 +155,7 @@ def _fastest(one: Layer, model: PreTrainedModel) -> Layer | None:
     def seconds(layer: Layer) -> float:
         return kernels.seconds(partial(layer, hidden, **named))
 
-    best = min((replace(one, split=split) for split in (None, *(SPLITS if one.dial else ()))), key=seconds)
-    best = min((replace(best, tile=tile) for tile in TILES), key=seconds)
+    best = min((replace(one, tile=tile) for tile in TILES), key=seconds)
     own = kernels.seconds(lambda: one.after(one.general(hidden, **named)))
     return best if seconds(best) < own else None
 

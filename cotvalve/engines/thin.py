@@ -55,6 +55,6 @@ def thin(x: Tensor, a: Tensor, alpha: Tensor) -> Tensor:
     tile: Any = thin_tile
     tile[(-(-rows // tall),)](
         flat, a.contiguous(), alpha.reshape(-1).contiguous(), out, rows, width, rows // alpha.numel(), rank,
-        RANK=across, ROWS=tall, DEEP=deep, num_stages=3,
+        RANK=across, ROWS=tall, DEEP=deep, PARTS=4 if tall == across == 16 else 1, num_stages=3,
     )  # fmt: skip
     return out

@@ -42,27 +42,37 @@ def gated_tile(
 @triton.jit
 def thin_tile(
     x, a, alpha, out, rows, width, tokens, rank,
-    RANK: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """alpha * A x for ROWS rows of `out` [rows, rank]: x is [rows, width], a [rank, width], alpha one number for `tokens` rows each."""
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     r = tl.arange(0, RANK)
-    turned = turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS, RANK, DEEP)
+    turned = turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS, RANK, DEEP, PARTS)
     tl.store(out + i[:, None] * rank + r[None, :], turned, mask=(i < rows)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
-def turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS: tl.constexpr, RANK: tl.constexpr, DEEP: tl.constexpr):
-    """alpha * A x of the rows i, rounded after the product and after alpha; 0 where alpha is."""
-    total = tl.zeros([ROWS, RANK], dtype=tl.float32)
-    for start in range(0, width, DEEP):
-        k = start + tl.arange(0, DEEP)
-        left = tl.load(x + i[:, None] * width + k[None, :], mask=(i < rows)[:, None] & (k < width)[None, :], other=0.0)
-        right = tl.load(a + r[None, :] * width + k[:, None], mask=(r < rank)[None, :] & (k < width)[:, None], other=0.0)
-        total = tl.dot(left, right, total)
+def turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS: tl.constexpr, RANK: tl.constexpr, DEEP: tl.constexpr, PARTS: tl.constexpr):
+    """alpha * A x of the rows i, rounded after the product and after alpha; 0 where alpha is. Warps share DEEP columns in PARTS."""
+    if PARTS == 1:
+        whole = tl.zeros([ROWS, RANK], dtype=tl.float32)
+        for start in range(0, width, DEEP):
+            k = start + tl.arange(0, DEEP)
+            left = tl.load(x + i[:, None] * width + k[None, :], mask=(i < rows)[:, None] & (k < width)[None, :], other=0.0)
+            right = tl.load(a + r[None, :] * width + k[:, None], mask=(r < rank)[None, :] & (k < width)[:, None], other=0.0)
+            whole = tl.dot(left, right, whole)
+    else:
+        each: tl.constexpr = DEEP // PARTS
+        total = tl.zeros([PARTS, ROWS, RANK], dtype=tl.float32)
+        for start in range(0, width, DEEP):
+            k = start + tl.arange(0, PARTS)[:, None] * each + tl.arange(0, each)[None, :]
+            left = tl.load(x + i[None, :, None] * width + k[:, None, :], mask=(i < rows)[None, :, None] & (k < width)[:, None, :], other=0.0)
+            right = tl.load(a + r[None, None, :] * width + k[:, :, None], mask=(r < rank)[None, None, :] & (k < width)[:, :, None], other=0.0)
+            total = tl.dot(left, right, total)
+        whole = tl.sum(total, 0)
     kind = x.dtype.element_ty
     by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
-    return tl.where(by == 0.0, 0.0, total.to(kind).to(tl.float32) * by).to(kind)
+    return tl.where(by == 0.0, 0.0, whole.to(kind).to(tl.float32) * by).to(kind)
 
 
 @triton.jit
@@ -77,7 +87,7 @@ def branch_tile(
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     r = tl.arange(0, RANK)
-    turned = turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS, RANK, DEEP)
+    turned = turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS, RANK, DEEP, 1)
     if EIGHTS:
         rank_1, rank_2, rank_3 = rank_1 // 8 * 8, rank_2 // 8 * 8, rank_3 // 8 * 8
     first, second = tl.cdiv(out_1, COLUMNS), tl.cdiv(out_2, COLUMNS)
@@ -177,13 +187,12 @@ def attend_tile(
 
 @triton.jit
 def norm_tile(
-    h, y, turned, b, w, a, alpha, out, x, ahead, rows, width, tokens, stride, rank, rank_a, scale, eps,
-    ADD: tl.constexpr, BRANCH: tl.constexpr, AHEAD: tl.constexpr, EIGHTS: tl.constexpr,
-    RANK: tl.constexpr, RANK_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    h, y, turned, b, w, out, x, rows, width, stride, rank, scale, eps,
+    ADD: tl.constexpr, BRANCH: tl.constexpr, EIGHTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = h + (y + scale B turned), x = its RMS norm times w, ahead = alpha * A x; ROWS rows of [rows, width], which COLUMNS hold.
+    """out = h + (y + scale B turned) and x, its RMS norm times w: ROWS rows of [rows, width], which COLUMNS hold.
 
-    Without ADD there is no y and no out, without BRANCH no B, without AHEAD no A. Rounded where separate operations round.
+    Without ADD there is no y and no out, without BRANCH no B. Rounded where separate operations round.
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = tl.arange(0, COLUMNS)
@@ -191,9 +200,6 @@ def norm_tile(
     at = i[:, None] * width + j[None, :]
     value = tl.load(h + at, mask=inside, other=0.0)
     kind = value.dtype
-    if AHEAD:  # on its way while the norm is made
-        r = tl.arange(0, RANK_A)
-        left = tl.load(a + r[None, :] * width + j[:, None], mask=(r < rank_a)[None, :] & (j < width)[:, None], other=0.0)
     if ADD:
         more = tl.load(y + at, mask=inside, other=0.0)
         if BRANCH:
@@ -205,16 +211,7 @@ def norm_tile(
     wide = value.to(tl.float32)
     shrink = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
     by = tl.load(w + j, mask=j < width, other=0.0).to(tl.float32)
-    normed = (wide * shrink[:, None] * by[None, :]).to(kind)
-    tl.store(x + at, normed, mask=inside)
-    if AHEAD:
-        # In parts, so that the warps share the product.
-        one = tl.permute(tl.reshape(normed, (ROWS, PARTS, COLUMNS // PARTS)), (1, 0, 2))
-        two = tl.reshape(left, (PARTS, COLUMNS // PARTS, RANK_A))
-        thin = tl.sum(tl.dot(one, two), 0).to(kind).to(tl.float32)
-        turn_by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
-        to = ahead + i[:, None] * rank_a + r[None, :]
-        tl.store(to, tl.where(turn_by == 0.0, 0.0, thin * turn_by).to(kind), mask=(i < rows)[:, None] & (r < rank_a)[None, :])
+    tl.store(x + at, (wide * shrink[:, None] * by[None, :]).to(kind), mask=inside)
 
 
 @triton.jit
