@@ -1,4 +1,4 @@
-"""Whether two engines give the same accuracy: two sweeps of the same questions and positions, paired question by question.
+"""Whether two engines give the same accuracy: two sweeps of the same questions, paired question by question where both have a position.
 
     cotvalve sweep --model MODEL --direction CoT-Valve=D --data gsm8k --split heldout --limit 300 \\
         --alphas 0,0.25,0.5,0.75,1 --engine transformers --out runs/own
@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from cotvalve.errors import CotvalveError, DataError
-from cotvalve.figures import alpha_label
+from cotvalve.figures import DASH, alpha_label
 from cotvalve.records import Json, read_parquet
 from cotvalve.report import number, signed, span, table
 from cotvalve.statistics import Paired, paired
@@ -32,15 +32,18 @@ def positions(folder: Path) -> dict[tuple[str, float], dict[str, Json]]:
 def compare(first: Path, second: Path, draws: int) -> str:
     """The table, as Markdown."""
     a, b = positions(first), positions(second)
-    if a.keys() != b.keys() or any(a[at].keys() != b[at].keys() for at in a):
-        raise DataError(f"{first} and {second}: hold other questions or positions")
+    common = [at for at in a if at in b]
+    if not common or any(a[at].keys() != b[at].keys() for at in common):
+        raise DataError(f"{first} and {second}: hold other questions, or no position in common")
     # Alpha 0 stands in a sweep twice: as the plain model and at the start of the dial.
-    turned = [at for at in a if at[1] != 0 or at == next(iter(a))]
+    turned = [at for at in common if at[1] != 0 or at == common[0]]
     pairs = [
         (at, paired(list(b[at].values()), list(a[at].values()), dataset="", a="second", b="first", draws=draws)) for at in turned
     ]  # fmt: skip
     right = {at: [sum(row["correct"] for row in side[at].values()) for side in (a, b)] for at in turned}
-    same = {at: sum(a[at][name]["text"] == b[at][name]["text"] for name in a[at]) for at in turned}
+    # Published rows may be without their texts.
+    texts = {at: [(a[at][name].get("text"), b[at][name].get("text")) for name in a[at]] for at in turned}
+    same = {at: DASH if any(None in pair for pair in both) else str(sum(one == two for one, two in both)) for at, both in texts.items()}
 
     def times(pair: Paired) -> str:
         ends = pair.token_ratio_ci
@@ -52,7 +55,7 @@ def compare(first: Path, second: Path, draws: int) -> str:
             "alpha": lambda row: alpha_label(row[0][1]),
             "right": lambda row: ", ".join(map(str, right[row[0]])),
             "of": lambda row: str(len(a[row[0]])),
-            "same text": lambda row: str(same[row[0]]),
+            "same text": lambda row: same[row[0]],
             "points": lambda row: f"{signed(row[1].accuracy_difference)} [{signed(row[1].accuracy_difference_ci.low)} to {signed(row[1].accuracy_difference_ci.high)}]",
             "tokens, times": lambda row: times(row[1]),
         },

@@ -9,8 +9,8 @@ from benchmarks import agreement, losses
 from cotvalve import problems
 from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError
-from cotvalve.figures import MINUS
-from cotvalve.records import write_json, write_parquet
+from cotvalve.figures import DASH, MINUS
+from cotvalve.records import read_parquet, write_json, write_parquet
 
 QUESTIONS = problems.load("arithmetic", limit=8)
 
@@ -38,8 +38,12 @@ def test_two_engines_are_compared_question_by_question(tmp_path: Path) -> None:
     assert [line.split(" | ")[:5] for line in lines] == [[f"| {PLAIN}", "0", "4, 4", "8", "8"], ["| V", "1", "6, 4", "8", "4"]]
     assert f" {MINUS}25.0 [" in lines[1]
     assert "+0.0 [" in lines[0] or " 0.0 [" in lines[0]
-    other = folder(tmp_path / "other", {(PLAIN, 0.0): "++++----"})
-    with pytest.raises(DataError, match="other questions or positions"):
+    fewer = folder(tmp_path / "fewer", {(PLAIN, 0.0): "++++--++", ("W", 1.0): "++++----"})
+    rows = [{name: value for name, value in row.items() if name != "text"} for row in read_parquet(fewer / "rows.parquet")]
+    write_parquet(fewer / "rows.parquet", rows)
+    assert [line.split(" | ")[:5] for line in agreement.compare(one, fewer, 99).splitlines()[2:]] == [[f"| {PLAIN}", "0", "4, 6", "8", DASH]]
+    other = folder(tmp_path / "other", {("W", 1.0): "++++----"})
+    with pytest.raises(DataError, match="other questions, or no position in common"):
         agreement.compare(one, other, 99)
 
 

@@ -31,6 +31,9 @@ MANY = 2048
 """Rows of the measurement: a full batch."""
 LENGTH = 64
 """Cache positions of each of them."""
+OFF = 0.03
+"""Share of its norm that a layer's output may be off by. Its own in bf16 is 1.2 % off that in fp32 (Qwen2.5-Coder, a random
+direction), with single numbers off by 4 % of the largest one, where attention is nearly undecided."""
 
 
 class Stream:
@@ -189,4 +192,4 @@ def _right(one: Layer, model: PreTrainedModel, rows: int, tokens: int) -> bool:
     if tokens == 1:
         mine, own = (named["past_key_values"].layers[-1] for named in (ours, theirs))
         pairs += [(mine.keys, own.keys), (mine.values, own.values)]
-    return all(torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02 * float(b.abs().max())) for a, b in pairs)
+    return all(bool((a.float() - b.float()).norm() <= OFF * b.float().norm()) for a, b in pairs)
