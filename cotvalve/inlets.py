@@ -84,17 +84,12 @@ class Inlet:
             self.forget()
         return out
 
-    def knows(self, x: Tensor) -> bool:
-        """Whether alpha * A x was made already."""
-        return self.x is x and self.turned is not None
-
     def product(self, layer: LoraLinear, x: Tensor, turned: Turned) -> Tensor:
         """alpha * A x for one of the layers, made with the others' when the first of them asks."""
         if self.down is None:
             return turned(x, weight(layer.lora_A[ADAPTER]))
-        if not self.knows(x):
+        if self.x is not x or self.turned is None:
             self.x, self.turned = x, turned(x, self.down)
-        assert self.turned is not None
         out = self.turned[..., self.places[layer]]
         if layer is self.layers[-1]:
             self.forget()
@@ -131,7 +126,7 @@ class Inlets:
         few = x.numel() <= FEW * x.shape[-1]
         if few and inlet.branch is not None and all(_usual(one, x) and not one.lora_bias[ADAPTER] for one in inlet.layers):
             return inlet.outputs(layer, x, alpha(x)), None, None, scale
-        if few and inlet.beside is not None and not inlet.knows(x):
+        if few and inlet.beside is not None:
             y, thin = inlet.beside(partial(layer.base_layer, x), partial(inlet.product, layer, x, turned))
         else:
             y, thin = layer.base_layer(x), inlet.product(layer, x, turned)
