@@ -20,7 +20,21 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cotvalve import Valve, checkpoints
 from cotvalve.direction import Card, Direction
-from cotvalve.engines import Engine, attend, between, branch, gated, kernels, layers, pick, rotation, slots, thin
+from cotvalve.engines import (
+    Engine,
+    attend,
+    between,
+    branch,
+    draw,
+    gated,
+    kernels,
+    layers,
+    pick,
+    rotation,
+    sampling,
+    slots,
+    thin,
+)
 from cotvalve.engines.batch import Batch
 from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.norms import fused_norms
@@ -457,7 +471,7 @@ def test_invert_never_draws_a_weight_of_zero() -> None:
     assert bool((weights.gather(1, drawn[:, None]) > 0).all())
 
 
-def draw(logits: Tensor, temperature: float, top_p: float | None, count: int = 60_000) -> np.ndarray:
+def counted(logits: Tensor, temperature: float, top_p: float | None, count: int = 60_000) -> np.ndarray:
     uniform = torch.from_numpy(np.random.Generator(np.random.Philox(8)).random(count, dtype=np.float32))
     rows = logits.expand(count, -1)
     tokens = sample(rows, uniform, torch.full((count,), temperature), None if top_p is None else torch.full((count,), top_p))
@@ -468,7 +482,7 @@ def draw(logits: Tensor, temperature: float, top_p: float | None, count: int = 6
 def test_temperature_is_the_softmax_s(temperature: float) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, 0.3])
     exact = torch.softmax(logits.double() / temperature, -1).numpy() * 60_000
-    assert abs(chi_square(draw(logits, temperature, None), exact)) < 4
+    assert abs(chi_square(counted(logits, temperature, None), exact)) < 4
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.95, 4), (0.9, 3), (0.6, 2), (0.5, 1), (0.01, 1), (0.0, 1)])
@@ -478,7 +492,7 @@ def test_top_p_keeps_the_fewest_tokens_with_that_mass(top_p: float, kept: int) -
     top_p 0 keeps the likeliest token; it used to keep none, and a token of weight 0 was drawn.
     """
     probabilities = torch.tensor([0.3, 0.5, 0.1001, 0.0999])
-    counts = draw(probabilities.log(), 1.0, top_p)
+    counts = counted(probabilities.log(), 1.0, top_p)
     order = [1, 0, 2, 3]
     exact = probabilities.double().numpy()[order[:kept]]
     exact = exact / exact.sum() * 60_000
@@ -491,6 +505,74 @@ def test_greedy_and_sampled_rows_share_a_batch() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.9], [0.0, 3.0, 2.9], [5.0, 0.0, 0.0]])
     tokens = sample(logits, torch.tensor([0.99, 0.99, 0.0]), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.1, 1.0, 1.0]))
     assert tokens.tolist() == [1, 2, 0]
+
+
+TRITON = pytest.mark.skipif(
+    find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
+    reason="needs Triton and a GPU, or Triton and TRITON_INTERPRET=1",
+)
+
+
+@TRITON
+@pytest.mark.parametrize("vocab", [5, 100, 8192, 20_000])
+def test_a_drawn_token_is_the_one_at_its_number(vocab: int) -> None:
+    """Greedy rows and warm ones together; numbers at both ends; weights of 0 and ties; rows cut out of a wider tensor."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    generator = torch.Generator().manual_seed(11)
+    rows = 24
+    logits = (3 * torch.randn(rows, 2, vocab, generator=generator)).to(device, dtype)[:, -1]
+    logits[:, 1] = -torch.inf
+    logits[3] = -torch.inf
+    logits[3, vocab // 2 :: 2] = 1.0  # the rest has no weight, and all others the same
+    uniform = torch.rand(rows, generator=generator).to(device)
+    uniform[:2], uniform[2:5] = 0.0, float(np.nextafter(np.float32(1), np.float32(0)))
+    temperature = torch.tensor([0.7, 0.0, 1.0, 2.0] * 6, device=device)
+    token = draw.drawn(logits, uniform, temperature)
+    assert draw.fair(logits, uniform, temperature, token)
+    warm = temperature > 0
+    near = torch.roll(logits, 1, 0)
+    assert vocab < 100 or not draw.fair(near[warm], uniform[warm], temperature[warm], token[warm])
+    assert draw.drawn(logits).tolist() == logits.argmax(1).tolist()
+    broken = logits.clone()
+    broken[0, vocab // 3] = torch.nan
+    assert int(draw.drawn(broken)[0]) == vocab // 3
+
+
+def test_draws_are_taken_where_they_are_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's arithmetic by PyTorch and the test's own clock; the same chains, rows with top_p left to PyTorch."""
+    expected = run(engine("transformers"), mixture(6))
+    calls: list[bool] = []
+
+    def by_parts(logits: Tensor, uniform: Tensor | None = None, temperature: Tensor | None = None) -> Tensor:
+        calls.append(uniform is not None)
+        if uniform is None or temperature is None:
+            return logits.argmax(-1)
+        return own(logits, uniform, temperature, None) * (0 if wrong else 1)
+
+    own, wrong = sampling.sample, False
+    monkeypatch.setattr(draw, "MANY", 32)
+    monkeypatch.setattr(draw, "drawn", by_parts)
+    took = {"drawn": 1.0, "other": 2.0}
+    monkeypatch.setattr(kernels, "seconds", lambda work: took["drawn" if work.func is by_parts else "other"])
+    found = [*draw.faster_draws(valve().model)]
+    assert [(owner, name) for owner, name, _ in found] == [(sampling, "greedy"), (sampling, "sample")]
+    monkeypatch.setattr(TransformersEngine, "_find_faster", lambda _: found)
+    calls.clear()
+    assert run(engine("transformers"), mixture(6)) == expected
+    warm = [replace(request, temperature=0.8, top_p=1.0) for request in mixture(6)]
+    monkeypatch.undo()
+    drawn = run(engine("transformers"), warm)
+    monkeypatch.setattr(draw, "drawn", by_parts)
+    monkeypatch.setattr(TransformersEngine, "_find_faster", lambda _: found)
+    calls.clear()
+    assert run(engine("transformers"), warm) == drawn
+    assert True in calls
+    assert sampling.sample is own
+    monkeypatch.setattr(kernels, "seconds", lambda work: took["drawn" if work.func is by_parts else "other"])
+    wrong = True
+    assert [name for _, name, _ in draw.faster_draws(valve().model)] == ["greedy"]
+    took["drawn"] = 3.0
+    assert not [*draw.faster_draws(valve().model)]
 
 
 def test_a_request_s_numbers_are_its_seed_s() -> None:
@@ -562,12 +644,6 @@ def test_the_kernel_of_a_gpu_computes_row_by_row(dim: int) -> None:
     ends = slots.Ends(numbers, numbers * length, used, length)
     found, wanted = slots.read_rows(query, key, value, ends, None), by_rows(query.float(), key.float(), value.float(), ends, None)
     assert torch.allclose(found.float(), wanted, atol=0.02)
-
-
-TRITON = pytest.mark.skipif(
-    find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Triton and a GPU, or Triton and TRITON_INTERPRET=1",
-)
 
 
 @TRITON
@@ -671,14 +747,14 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
 
     whole = {"rows", "width", "tokens", "rank", "out_1", "out_2", "out_3", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "stride_g", "stride_u"}
     whole |= {"length", "dim", "shared", "q_row", "q_head", "token", "head", "stride"}
-    whole |= {"heads", "others", "half", "cos_row", "stride_q", "stride_k", "stride_v", "rank_q", "rank_k", "rank_v"}
+    whole |= {"vocab", "step", "heads", "others", "half", "cos_row", "stride_q", "stride_k", "stride_v", "rank_q", "rank_k", "rank_v"}
     odd = {"tokens", "rank", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "shared", "heads", "others", "rank_q", "rank_k", "rank_v"}
     odd |= {"stride", "stride_q", "stride_k", "stride_v"}
 
     def compiled(kernel: Any, constants: dict[str, int], warps: int, stages: int) -> str:
         names = [name for name in kernel.arg_names if name not in constants]
         kinds = {name: "i32" if name in whole else "fp32" if name.startswith(("scale", "eps")) else "*bf16" for name in names}
-        kinds |= {name: kind for name, kind in (("alpha", "*fp32"), ("used", "*i32"), ("position", "*i64")) if name in names}
+        kinds |= {name: kind for name, kind in (("alpha", "*fp32"), ("uniform", "*fp32"), ("temperature", "*fp32"), ("used", "*i32"), ("position", "*i64")) if name in names}
         source = ASTSource(
             fn=kernel, signature=kinds | dict.fromkeys(constants, "constexpr"),
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
@@ -705,6 +781,8 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
     for columns, warps in ((1024, 8), (2048, 16)):
         made = compiled(tiles.norm_tile, on | {"RANK": 16, "ROWS": 16, "COLUMNS": columns}, warps, 3)
         assert "ld.global.v4" in made
+    made = compiled(tiles.draw_tile, {"SAMPLED": True, "BLOCK": draw.BLOCK}, 16, 3)
+    assert "ld.global.v4" in made
     made = compiled(tiles.heads_tile, dict.fromkeys(("DIAL", "PLACED", "EIGHTS"), True) | {"RANK": 16, "ROWS": 32, "HALF": 32}, 4, 3)
     assert "ld.global.v4" in made
 
@@ -838,6 +916,7 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
     monkeypatch.setattr(kernels, "seconds", seconds)
     monkeypatch.setattr(layers, "MANY", 6)
     monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_draws", lambda _: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
     seen: list[bool] = []
     own = layers.turned_heads
@@ -891,6 +970,7 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_draws", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected
     assert calls > 20
     assert turned.dial is not None
@@ -1026,6 +1106,7 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_draws", lambda _: [])
     of = engine("transformers", on=turned)
     assert run(of, mixture(6)) == expected
     assert tiles == set(gated.TILES)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cotvalve.engines.sampling import Encoded, sample, uniforms
+from cotvalve.engines import sampling
+from cotvalve.engines.sampling import Encoded, uniforms
 from cotvalve.engines.slots import Ends, SlotLayer, Span, Window, reads_rows
 from cotvalve.types import Completion
 
@@ -205,9 +206,9 @@ class Batch:
             ).logits[:, -1]  # fmt: skip
         if self.sampled:
             uniform = self.uniform[:n].gather(1, count[:, None].clamp_max(self.uniform.shape[1] - 1))[:, 0]
-            token = sample(logits, uniform, self.temperature[:n], self.top_p[:n] if self.cut else None)
+            token = sampling.sample(logits, uniform, self.temperature[:n], self.top_p[:n] if self.cut else None)
         else:
-            token = logits.argmax(-1)
+            token = sampling.greedy(logits)
         token = torch.where(alive, token, ids)
         slot = count[:, None].clamp_max(self.out.shape[1] - 1)
         self.out[:n].scatter_(1, slot, torch.where(alive[:, None], token[:, None], self.out[:n].gather(1, slot)))

@@ -29,9 +29,13 @@ def uniforms(request: Request) -> np.ndarray:
     return np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens, dtype=np.float32)
 
 
+def greedy(logits_B_V: Tensor) -> Tensor:
+    """Token ids [B]."""
+    return logits_B_V.argmax(-1)
+
+
 def sample(logits_B_V: Tensor, uniform_B: Tensor, temperature_B: Tensor, top_p_B: Tensor | None) -> Tensor:
     """Token ids [B]; rows with temperature 0 are greedy. `top_p_B` None skips the sort that it needs."""
-    greedy = logits_B_V.argmax(-1)
     weights = torch.softmax(logits_B_V.float() / temperature_B.clamp_min(1e-6)[:, None], -1)
     if top_p_B is not None:
         ordered, order = weights.sort(-1, descending=True)
@@ -40,7 +44,7 @@ def sample(logits_B_V: Tensor, uniform_B: Tensor, temperature_B: Tensor, top_p_B
         gone[:, 0] = False
         ordered = ordered.masked_fill(gone, 0.0)
         weights = torch.zeros_like(weights).scatter_(-1, order, ordered)
-    return torch.where(temperature_B == 0, greedy, invert(weights, uniform_B))
+    return torch.where(temperature_B == 0, logits_B_V.argmax(-1), invert(weights, uniform_B))
 
 
 def invert(weights_B_V: Tensor, uniform_B: Tensor) -> Tensor:

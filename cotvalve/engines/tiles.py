@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""The kernels of `gated.py`, `thin.py`, `branch.py`, `rotation.py`, `attend.py` and `between.py`, apart because Triton is not everywhere."""
+"""The kernels of `gated.py`, `thin.py`, `branch.py`, `rotation.py`, `attend.py`, `draw.py` and `between.py`, apart because Triton is not everywhere."""
 
 import triton
 import triton.language as tl
@@ -279,3 +279,54 @@ def rotate(x, beside, cos, sin):
     """x cos - beside sin, rounded where PyTorch's two products and their sum are."""
     one, two = x.to(tl.float32) * cos.to(tl.float32), beside.to(tl.float32) * sin.to(tl.float32)
     return (one.to(x.dtype).to(tl.float32) - two.to(x.dtype).to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def draw_tile(logits, uniform, temperature, out, vocab, step, SAMPLED: tl.constexpr, BLOCK: tl.constexpr):
+    """One row's token: the first of the largest logits, or with SAMPLED and a temperature above 0 the first one at which the
+    weights summed up exceed uniform * their sum. Reads the row up to three times, of which the first one fills the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    start = logits + row * step
+    best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    at = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, vocab, BLOCK):
+        j = first + lanes
+        value = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
+        value = tl.where(value != value, float("inf"), value)  # NaN is the largest, as PyTorch has it
+        higher = value > best
+        best = tl.where(higher, value, best)
+        at = tl.where(higher, j, at)
+    top = tl.max(best, 0)
+    chosen = tl.min(tl.where(best == top, at, vocab), 0)
+    if SAMPLED:
+        heat = tl.load(temperature + row)
+        if heat > 0.0:
+            cold = 1.0 / tl.maximum(heat, 1e-6)
+            sums = tl.zeros([BLOCK], dtype=tl.float32)
+            for first in range(0, vocab, BLOCK):
+                sums += weights(start, first + lanes, vocab, top, cold)
+            wanted = tl.load(uniform + row) * tl.sum(sums, 0)
+            before = 0.0
+            first = 0
+            found = vocab
+            last = chosen
+            while (first < vocab) & (found == vocab):
+                mass = weights(start, first + lanes, vocab, top, cold)
+                after = before + tl.sum(mass, 0)
+                last = tl.maximum(last, tl.max(tl.where(mass > 0.0, first + lanes, 0), 0))
+                if after > wanted:
+                    inside = before + tl.cumsum(mass, 0)
+                    found = tl.min(tl.where((inside > wanted) & (mass > 0.0), first + lanes, vocab), 0)
+                before = after
+                first += BLOCK
+            # Rounding may leave the draw past the last weight; it belongs to the last token that has one.
+            chosen = tl.where(found < vocab, found, last)
+    tl.store(out + row, chosen.to(tl.int64))
+
+
+@triton.jit
+def weights(start, j, vocab, top, cold):
+    """exp((logit - top) / temperature), 0 past the vocabulary."""
+    value = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
+    return tl.where(j < vocab, tl.exp((value - top) * cold), 0.0)

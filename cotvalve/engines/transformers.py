@@ -25,6 +25,7 @@ from cotvalve.engines import gated, kernels, thin
 from cotvalve.engines.attend import faster_attention
 from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.branch import faster_branches
+from cotvalve.engines.draw import faster_draws
 from cotvalve.engines.layers import faster_layers
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.replaced import Replacement, replaced
@@ -158,6 +159,7 @@ class TransformersEngine:
             faster(lambda: gated.gated_layers(model, dial))
             faster(lambda: fused_rotation(model))
             faster(lambda: faster_attention(model))
+            faster(lambda: faster_draws(model))
             whole = faster(lambda: faster_layers(model, dial)) > 0
             if dial is not None:
                 faster(lambda: faster_branches(dial, alone=not whole))
