@@ -132,6 +132,14 @@ class Inlets:
             y, thin = layer.base_layer(x), inlet.product(layer, x, turned)
         return y, thin.view(-1, b.shape[1]), b, scale
 
+    def factors(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and B's scale, for a kernel that makes alpha * A x itself; None where only PEFT's own forward will do, as in `parts`."""
+        if type(layer) is not LoraLinear or layer not in self.of or torch.is_grad_enabled() or not _usual(layer, x):
+            return None
+        if not self.finite or layer.lora_bias[ADAPTER]:
+            return None
+        return weight(layer.lora_A[ADAPTER]), weight(layer.lora_B[ADAPTER]), layer.scaling[ADAPTER]
+
     def look(self) -> None:
         """Takes note of the factors where they have changed. Read at every step of an engine without graphs: microseconds."""
         for inlet in self.of.values():

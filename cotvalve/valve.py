@@ -63,7 +63,7 @@ class Dial:
                 module.forward = partial(self._forward, module, module.forward)
         self.inlets = Inlets(self.layers)
         self.kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # an engine's alpha * A x of x, A and alpha
-        self._alpha: Tensor | None = None
+        self.alpha: Tensor | None = None  # [B, 1, 1], [B, T, 1] or [1, 1, 1] inside `at`
         self._closed: Tensor | None = None
 
     def _forward(self, layer: LoraLinear, general: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,12 +75,12 @@ class Dial:
 
     def parts(self, layer: nn.Module, x: Tensor) -> Parts | None:
         """See `Inlets.parts`; without the branch where the valve is closed."""
-        return self.inlets.parts(layer, x, None if self._alpha is None else self._turned, self._for)
+        return self.inlets.parts(layer, x, None if self.alpha is None else self._turned, self.shaped)
 
     def _turned(self, x: Tensor, a: Tensor) -> Tensor:
         """alpha * A x: bf16 times the fp32 alpha in one pass."""
         assert self._closed is not None
-        alpha = self._for(x)
+        alpha = self.shaped(x)
         if self.kernel is not None:
             return self.kernel(x, a, alpha)
         thin = (x @ a.t()).mul_(alpha)
@@ -89,45 +89,45 @@ class Dial:
 
     def _learn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         # With gradients alpha multiplies A x: r numbers where B A x has thousands, and nothing large is kept for going back.
-        if self._alpha is None or not torch.is_grad_enabled():
+        if self.alpha is None or not torch.is_grad_enabled():
             return out
-        return (out * self._for(out)).to(out.dtype)
+        return (out * self.shaped(out)).to(out.dtype)
 
     def _turn(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
-        if self._alpha is None or self._closed is None:
+        if self.alpha is None or self._closed is None:
             return torch.zeros_like(out)
-        alpha = self._for(out)
+        alpha = self.shaped(out)
         # alpha stays fp32 (bf16 has 3 digits); where() too, because 0 * NaN is NaN and alpha 0 promises the base model.
         turned = out if torch.is_grad_enabled() else out * alpha
         return torch.where(self._closed.reshape(alpha.shape), 0.0, turned)
 
-    def _for(self, out: Tensor) -> Tensor:
+    def shaped(self, out: Tensor) -> Tensor:
         """alpha in the shape that multiplies `out`; EngineError where rows or tokens cannot be told apart."""
-        assert self._alpha is not None
-        if self._alpha.numel() == 1:
-            return self._alpha.reshape((1,) * out.ndim)
-        rows, tokens, _ = self._alpha.shape
+        assert self.alpha is not None
+        if self.alpha.numel() == 1:
+            return self.alpha.reshape((1,) * out.ndim)
+        rows, tokens, _ = self.alpha.shape
         if out.ndim != 3 or out.shape[0] != rows or tokens not in (1, out.shape[1]):
             raise EngineError(
                 f"the dial is set for {rows} rows{f' of {tokens} tokens' if tokens > 1 else ''} but a layer got shape "
                 f"{tuple(out.shape)}: rows cannot be told apart there; use one alpha for the whole batch"
             )
-        return self._alpha
+        return self.alpha
 
     @contextmanager
     def at(self, alpha: float | Tensor) -> Generator[None]:
         """Sets the positions while inside: a number, one per row [B], or one per token [B, T]."""
-        before = self._alpha, self._closed
+        before = self.alpha, self._closed
         device = weight(self.inlets.sides[0]).device
         value = torch.as_tensor(alpha, dtype=torch.float32, device=device)
-        self._alpha = value.reshape(1, 1, 1) if value.ndim == 0 else value[:, None, None] if value.ndim == 1 else value[..., None]
-        self._closed = self._alpha == 0
-        if not (self._alpha.is_cuda and torch.cuda.is_current_stream_capturing()):
+        self.alpha = value.reshape(1, 1, 1) if value.ndim == 0 else value[:, None, None] if value.ndim == 1 else value[..., None]
+        self._closed = self.alpha == 0
+        if not (self.alpha.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.inlets.look()
         try:
             yield
         finally:
-            self._alpha, self._closed = before
+            self.alpha, self._closed = before
 
 
 class Valve:

@@ -669,6 +669,12 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated
     wanted = torch.nn.functional.silu(wide[0]) * wide[1]
     found = gated.gated(*sides, tile)[:, 0]
     assert torch.allclose(found, wanted, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
+    a = some(rank, width)
+    again, sums = gated.gated_ahead(*sides, tile, a)
+    assert torch.equal(again[:, 0], found)
+    made = sums.sum(0)[:, :rank]
+    assert sums.shape == (-(-width // tile.columns), rows, gated.power(rank))
+    assert torch.allclose(made, found.float() @ a.float().t(), rtol=1e-3, atol=1e-3 * float(made.abs().max()))
 
 
 @TRITON
@@ -746,10 +752,10 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
     from cotvalve.engines import tiles
 
     whole = {"rows", "width", "tokens", "rank", "out_1", "out_2", "out_3", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "stride_g", "stride_u"}
-    whole |= {"length", "dim", "shared", "q_row", "q_head", "token", "head", "stride"}
-    whole |= {"vocab", "step", "heads", "others", "half", "cos_row", "stride_q", "stride_k", "stride_v", "rank_q", "rank_k", "rank_v"}
+    whole |= {"length", "dim", "shared", "q_row", "q_head", "token", "head", "stride", "blocks"}
+    whole |= {"vocab", "step", "rank_a", "heads", "others", "half", "cos_row", "stride_q", "stride_k", "stride_v", "rank_q", "rank_k", "rank_v"}
     odd = {"tokens", "rank", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "shared", "heads", "others", "rank_q", "rank_k", "rank_v"}
-    odd |= {"stride", "stride_q", "stride_k", "stride_v"}
+    odd |= {"blocks", "rank_a", "stride", "stride_q", "stride_k", "stride_v"}
 
     def compiled(kernel: Any, constants: dict[str, int], warps: int, stages: int) -> str:
         names = [name for name in kernel.arg_names if name not in constants]
@@ -771,15 +777,16 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
             assert "cp.async" in made  # keys are on their way while the ones before are used
             assert "ld.global.v4" in made
     for tile in gated.TILES:
-        constants = {"RANK": 16, "EIGHTS": True, "DIAL": True, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        constants = {"RANK": 16, "RANK_A": 16, "EIGHTS": True, "DIAL": True, "AHEAD": False, "ROWS": tile.rows, "COLUMNS": tile.columns}
         made = compiled(tiles.gated_tile, constants, tile.warps, 3)
         assert made.count("ld.global") < 25  # a row of B is one load, not eight
+        compiled(tiles.gated_tile, constants | {"AHEAD": True}, tile.warps, 3)
     made = compiled(tiles.branch_tile, {"RANK": 32, "EIGHTS": True, "ROWS": 16, "DEEP": 256, "COLUMNS": branch.COLUMNS}, 4, 3)
     assert made.count("ld.global") < 30
     assert "cp.async" in compiled(tiles.thin_tile, {"RANK": 16, "ROWS": 16, "DEEP": 256, "PARTS": 4}, 4, 3)
     on = dict.fromkeys(("ADD", "BRANCH", "EIGHTS"), True)
-    for columns, warps in ((1024, 8), (2048, 16)):
-        made = compiled(tiles.norm_tile, on | {"RANK": 16, "ROWS": 16, "COLUMNS": columns}, warps, 3)
+    for columns, warps, blocks in ((1024, 8, 0), (1024, 8, 32), (2048, 16, 0), (2048, 16, 64)):
+        made = compiled(tiles.norm_tile, on | {"RANK": 16, "BLOCKS": blocks, "ROWS": 16, "COLUMNS": columns}, warps, 3)
         assert "ld.global.v4" in made
     made = compiled(tiles.draw_tile, {"SAMPLED": True, "BLOCK": draw.BLOCK}, 16, 3)
     assert "ld.global.v4" in made
@@ -890,11 +897,23 @@ def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int) ->
     assert torch.allclose(found, total, **loose)
     assert (found is hidden) == (parts is None)
     assert torch.allclose(norm, torch.nn.functional.rms_norm(found, [width], w, 1e-6), **loose)
+    if isinstance(more, int) and parts is not None and parts[2] is not None:
+        # The same with A x in 5 parts, alpha to come; closed rows are as if nothing were added, whatever A x is there.
+        alpha = torch.randn(rows, 1, 1, generator=draw).to(device)
+        alpha[0] = 0
+        sums = torch.randn(5, rows, gated.power(more), generator=draw).to(device)
+        sums[:, 0] = torch.inf
+        t = torch.where(alpha[:, :, 0] == 0, 0.0, sums.sum(0)[:, :more].to(dtype).float() * alpha[:, :, 0]).to(dtype)
+        found, norm = between.normed(hidden, (y, None, parts[2], 0.5), w, 1e-6, between.Sums(sums, alpha))
+        assert torch.allclose(found, hidden + (y.float() + 0.5 * (t @ parts[2].t()).float()[:, None]).to(dtype), **loose)
+        assert torch.equal(found[0], (hidden + y)[0])
+        assert torch.allclose(norm, torch.nn.functional.rms_norm(found, [width], w, 1e-6), **loose)
 
 
 @pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1")
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("which", ["all", "attention", "mlp", "none"])
-def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, which: str, ahead: bool) -> None:
     """The engine with all layers in the kernels' hands, in an interpreter: prompts and steps, any part with a branch; all given back."""
     monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
     kept = {"all": "", "attention": "self_attn", "mlp": "mlp", "none": "nothing"}[which]
@@ -907,7 +926,7 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
         work()
         if not isinstance(work, partial) or not isinstance(work.func, layers.Layer):
             return own_takes
-        return 1.0 + (work.func.tile != between.TILES[2])
+        return 1.0 + (work.func.tile != between.TILES[2]) + (work.func.ahead != ahead)
 
     for module in ("batch", "slots"):
         monkeypatch.setattr(f"cotvalve.engines.{module}.reads_rows", lambda _: True)
@@ -919,15 +938,20 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
     monkeypatch.setattr("cotvalve.engines.transformers.faster_draws", lambda _: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
     seen: list[bool] = []
-    own = layers.turned_heads
+    summed: list[bool] = []
+    own, normed = layers.turned_heads, layers.normed
+    monkeypatch.setattr(layers, "normed", lambda *given: summed.append(given[4] is not None) or normed(*given))
     monkeypatch.setattr(layers, "turned_heads", lambda *given: seen.append(given[3] is not None) or own(*given))
-    own_takes = 1.5
+    own_takes = 1.5 + (ahead and not factors)  # without a dial nothing is made ahead
     of = engine("transformers", on=turned)
+    assert run(of, asked) == expected
+    summed.clear()  # of the measurements, which try both ways
     assert run(of, asked) == expected
     assert isinstance(of._faster, list)
     found = [found for _, _, found in of._faster if isinstance(found, layers.Layer)]
     assert len(found) == turned.model.config.num_hidden_layers
-    assert {one.tile for one in found} == {between.TILES[2]}
+    assert {(one.tile, one.ahead) for one in found} == {(between.TILES[2], ahead and bool(factors))}
+    assert summed.count(True) > 20 if ahead and which in ("all", "mlp") else True not in summed
     assert seen.count(True) > 20
     assert False in seen
     assert not any("forward" in vars(module) for module in [*turned.model.model.layers, turned.model.model.norm])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cotvalve.engines.gated import power
 from cotvalve.engines.slots import Placed
 from cotvalve.inlets import Parts
 
@@ -31,26 +32,39 @@ WIDEST = 2048
 """Of a norm: 16 rows of it lie in a block's registers."""
 
 
-def normed(hidden: Tensor, more: Parts | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """hidden + y + s B t [B, T, W] of a product's parts, and its RMS norm times `w`."""
+class Sums(NamedTuple):
+    """A x of a product in parts, as `gated_ahead` makes them, with alpha still to be multiplied in."""
+
+    parts: Tensor
+    alpha: Tensor
+    """One for all, per row [B, 1, 1] or per token [B, T, 1]."""
+
+
+def normed(hidden: Tensor, more: Parts | None, w: Tensor, eps: float, sums: Sums | None = None) -> tuple[Tensor, Tensor]:
+    """hidden + y + s B t [B, T, W] of a product's parts, and its RMS norm times `w`. With `sums` t is made of them."""
     from cotvalve.engines.tiles import norm_tile
 
     hidden, w = hidden.contiguous(), w.contiguous()
     width = hidden.shape[-1]
-    rows, columns = hidden.numel() // width, _power(width)
+    rows, columns = hidden.numel() // width, power(width)
     total, x = hidden, torch.empty_like(hidden)
     # The kernel wants some tensor for each that is not there.
-    y = turned = b = hidden
-    stride, rank, scale = 0, 0, 0.0
+    y = turned = b = alpha = hidden
+    stride, rank, scale, blocks, tokens = 0, 0, 0.0, 0, 1
     if more is not None:
         y, total = more[0].contiguous(), torch.empty_like(hidden)
-        if (thin := more[1]) is not None and (up := more[2]) is not None:
+        thin = sums.parts if sums else more[1]
+        if thin is not None and (up := more[2]) is not None:
             turned, b, scale = thin, up, more[3]
             stride, rank = turned.stride(0), b.shape[1]
+    if sums is not None:
+        alpha, blocks = sums.alpha.reshape(-1).contiguous(), len(sums.parts)
+        stride, tokens = 0, rows // alpha.numel()
     tile: Any = norm_tile
     tile[(-(-rows // 16),)](
-        hidden, y, turned, b, w, total, x, rows, width, stride, rank, scale, eps, ADD=more is not None, BRANCH=rank > 0,
-        EIGHTS=not (rank % 8 or stride % 8), RANK=_power(rank), ROWS=16, COLUMNS=columns, num_warps=8 if columns <= 1024 else 16,
+        hidden, y, turned, b, w, alpha, total, x, rows, width, stride, rank, blocks, tokens, scale, eps, ADD=more is not None, BRANCH=rank > 0,
+        EIGHTS=not (rank % 8 or stride % 8), RANK=power(rank), BLOCKS=1 << (blocks - 1).bit_length() if blocks else 0, ROWS=16, COLUMNS=columns,
+        num_warps=8 if columns <= 1024 else 16,
     )  # fmt: skip
     return total, x
 
@@ -75,12 +89,7 @@ def turned_heads(parts: Sequence[Parts], cos: Tensor, sin: Tensor, placed: Place
     kernel[-(-rows * tokens // tile.rows), heads + 2 * others](
         *y, *turned, *b, cos, sin, placed[2] if placed else cos, *out, rows * tokens, tokens, heads, others, dim // 2,
         tokens * dim if len(cos) > 1 else 0, *strides, *ranks, *(part[3] for part in parts), DIAL=dial, PLACED=placed is not None,
-        EIGHTS=not any(number % 8 for number in (*ranks, *strides)), RANK=_power(max(ranks)), ROWS=tile.rows, HALF=_power(dim // 2),
+        EIGHTS=not any(number % 8 for number in (*ranks, *strides)), RANK=power(max(ranks)), ROWS=tile.rows, HALF=power(dim // 2),
         num_warps=tile.warps,
     )  # fmt: skip
     return out
-
-
-def _power(number: int) -> int:
-    """The least power of two from 16 on that holds `number`."""
-    return 16 if number <= 16 else 1 << (number - 1).bit_length()

@@ -95,12 +95,19 @@ class Gated:
 
     def inner(self, x: Tensor) -> Tensor | None:
         """What down_proj reads; None where only the layer's own forward will do."""
+        sides = self._sides(x)
+        return gated(*sides, self.tile) if sides else None
+
+    def ahead(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`inner`, and in parts A of it (see `gated_ahead`)."""
+        sides = self._sides(x)
+        return gated_ahead(*sides, self.tile, a) if sides else None
+
+    def _sides(self, x: Tensor) -> tuple[Parts, Parts] | None:
         if torch.is_grad_enabled():
             return None
         gate, up = _sides(self.module, self.dial, x)
-        if gate is None or up is None or (gate[1] is None) != (up[1] is None):
-            return None
-        return gated(gate, up, self.tile)
+        return None if gate is None or up is None or (gate[1] is None) != (up[1] is None) else (gate, up)
 
 
 def _sides(module: Any, dial: Dial | None, x: Tensor) -> list[Parts | None]:
@@ -116,20 +123,39 @@ def side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
 
 def gated(gate: Parts, up: Parts, tile: Tile = TILES[0]) -> Tensor:
     """silu(W_g x + s_g B_g t_g) * (W_u x + s_u B_u t_u), rounded to the tensors' dtype where PyTorch would."""
+    return _gated_by(gate, up, tile, None)[0]
+
+
+def gated_ahead(gate: Parts, up: Parts, tile: Tile, a: Tensor) -> tuple[Tensor, Tensor]:
+    """`gated` and A of it, A [r, width] of the layer that reads it: in parts to be summed up, fp32 [blocks of columns, rows, 16 or more]."""
+    out, sums = _gated_by(gate, up, tile, a)
+    assert sums is not None
+    return out, sums
+
+
+def _gated_by(gate: Parts, up: Parts, tile: Tile, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
     from cotvalve.engines.tiles import gated_tile
 
     y, width = gate[0], gate[0].shape[-1]
     rows = y.numel() // width
     out = torch.empty_like(y)
+    blocks, rank_a = -(-width // tile.columns), 0 if a is None else len(a)
+    sums = None if a is None else torch.empty(blocks, rows, power(rank_a), dtype=torch.float32, device=y.device)
     # Where the valve is closed nothing is read of the branches; the kernel wants some tensor for each.
     turned_g, b_g, turned_u, b_u = (y if tensor is None else tensor for tensor in (gate[1], gate[2], up[1], up[2]))
     dial = gate[1] is not None
     ranks = [b.shape[1] if dial else 1 for b in (b_g, b_u)]
     strides = [turned_g.stride(0), turned_u.stride(0)]
     tiles: Any = gated_tile
-    tiles[-(-rows // tile.rows), -(-width // tile.columns)](
-        y, up[0], turned_g, b_g, turned_u, b_u, out, rows, width, *strides, gate[3], up[3], *ranks,
-        RANK=max(16, 1 << (max(ranks) - 1).bit_length()), EIGHTS=not any(number % 8 for number in (*ranks, *strides)),
-        DIAL=dial, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    tiles[-(-rows // tile.rows), blocks](
+        y, up[0], turned_g, b_g, turned_u, b_u, out, y if a is None else a.contiguous(), y if sums is None else sums,
+        rows, width, *strides, gate[3], up[3], *ranks, rank_a, RANK=power(max(ranks)), RANK_A=power(rank_a),
+        EIGHTS=not any(number % 8 for number in (*ranks, *strides)), DIAL=dial, AHEAD=a is not None, ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.warps,
     )  # fmt: skip
-    return out
+    return out, sums
+
+
+def power(number: int) -> int:
+    """The least power of two from 16 on that holds `number`."""
+    return 16 if number <= 16 else 1 << (number - 1).bit_length()

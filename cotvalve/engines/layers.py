@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cotvalve.engines import kernels, slots
-from cotvalve.engines.between import TILES, WIDEST, Tile, normed, turned_heads
+from cotvalve.engines.between import TILES, WIDEST, Sums, Tile, normed, turned_heads
 from cotvalve.engines.gated import Gated, side
 from cotvalve.engines.replaced import Replacement
 from cotvalve.inlets import Parts
@@ -67,6 +67,8 @@ class Layer:
     dial: Dial | None
     stream: Stream
     tile: Tile = TILES[0]
+    ahead: bool = False
+    """Whether A x of down_proj is made where its x is, and summed up with what reads it."""
 
     def __call__(self, hidden: Tensor, *more: Any, **named: Any) -> Tensor:
         """See the layer."""
@@ -75,19 +77,29 @@ class Layer:
         if more or angles is None or angles[0].shape[-1] != attend.head_dim or torch.is_grad_enabled():
             return self.general(hidden, *more, **named)
         if norm is None:
-            norm = _norm(hidden, None, layer.input_layernorm)[1]
+            norm = _norm(hidden, None, None, layer.input_layernorm)[1]
         queries, keys, values = (side(getattr(attend, name), self.dial, norm) for name in ATTENTION[:3])
         if queries is None or keys is None or values is None or len({part[1] is None for part in (queries, keys, values)}) > 1:
             return self.general(hidden, **named)
         mixed = self._attend((queries, keys, values), **named)
-        hidden, norm = _norm(hidden, self._parts(attend.o_proj, mixed), layer.post_attention_layernorm)
-        gated = vars(mlp).get("forward")
-        inner = gated.inner(norm) if isinstance(gated, Gated) else None
-        last = (mlp(norm), None, None, 0.0) if inner is None else self._parts(mlp.down_proj, inner)
-        return self.stream.put(*_norm(hidden, last, self.after))
+        hidden, norm = _norm(hidden, self._parts(attend.o_proj, mixed), None, layer.post_attention_layernorm)
+        return self.stream.put(*_norm(hidden, *self._last(mlp, norm), self.after))
 
     def _parts(self, layer: nn.Module, x: Tensor) -> Parts:
         return side(layer, self.dial, x) or (layer(x), None, None, 0.0)
+
+    def _last(self, mlp: Any, norm: Tensor) -> tuple[Parts, Sums | None]:
+        """The parts of down_proj's product."""
+        gated = vars(mlp).get("forward")
+        if not isinstance(gated, Gated):
+            return (mlp(norm), None, None, 0.0), None
+        if self.ahead and self.dial is not None and self.dial.alpha is not None and (found := self.dial.inlets.factors(mlp.down_proj, norm)):
+            a, b, scale = found
+            if made := gated.ahead(norm, a):
+                inner, sums = made
+                return (mlp.down_proj.base_layer(inner), None, b, scale), Sums(sums, self.dial.shaped(norm))
+        inner = gated.inner(norm)
+        return (self._parts(mlp.down_proj, inner) if inner is not None else (mlp(norm), None, None, 0.0)), None
 
     def _attend(self, parts: tuple[Parts, Parts, Parts], **named: Any) -> Tensor:
         attend = self.layer.self_attn
@@ -107,8 +119,8 @@ class Layer:
         return mixed.reshape(rows, tokens, -1).contiguous()
 
 
-def _norm(hidden: Tensor, more: Parts | None, norm: Any) -> tuple[Tensor, Tensor]:
-    return normed(hidden, more, norm.weight, norm.variance_epsilon)
+def _norm(hidden: Tensor, more: Parts | None, sums: Sums | None, norm: Any) -> tuple[Tensor, Tensor]:
+    return normed(hidden, more, norm.weight, norm.variance_epsilon, sums)
 
 
 def faster_layers(model: PreTrainedModel, dial: Dial | None) -> Iterator[Replacement]:
@@ -133,7 +145,7 @@ def faster_layers(model: PreTrainedModel, dial: Dial | None) -> Iterator[Replace
             best = _fastest(made[0], model)
         if best is None:
             return
-        made = [replace(one, tile=best.tile) for one in made]
+        made = [replace(one, tile=best.tile, ahead=best.ahead) for one in made]
         with at(3):
             if not all(_right(one, model, 3, 5) for one in made):
                 return
@@ -159,6 +171,7 @@ def _fastest(one: Layer, model: PreTrainedModel) -> Layer | None:
         return kernels.seconds(partial(layer, hidden, **named))
 
     best = min((replace(one, tile=tile) for tile in TILES), key=seconds)
+    best = min((replace(best, ahead=ahead) for ahead in ((False, True) if one.dial else (False,))), key=seconds)
     own = kernels.seconds(lambda: one.after(one.general(hidden, **named)))
     return best if seconds(best) < own else None
 

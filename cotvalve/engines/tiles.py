@@ -7,14 +7,15 @@ import triton.language as tl
 
 @triton.jit
 def gated_tile(
-    gate, up, turned_g, b_g, turned_u, b_u, out, rows, width, stride_g, stride_u, scale_g, scale_u, rank_g, rank_u,
-    RANK: tl.constexpr, EIGHTS: tl.constexpr, DIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gate, up, turned_g, b_g, turned_u, b_u, out, a, sums, rows, width, stride_g, stride_u, scale_g, scale_u, rank_g, rank_u, rank_a,
+    RANK: tl.constexpr, RANK_A: tl.constexpr, EIGHTS: tl.constexpr, DIAL: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """silu(gate + scale_g B_g turned_g) * (up + scale_u B_u turned_u) for one tile of `out` [rows, width].
 
     gate, up and out lie row by row; turned is [rows, rank] with its own stride, B [width, rank]. RANK is a power of 2,
     16 or more, that no rank exceeds; EIGHTS says that ranks and strides of turned are multiples of 8, so that a row
-    of B is read at once. Sums are fp32 and rounded where PyTorch's separate operations round.
+    of B is read at once. Sums are fp32 and rounded where PyTorch's separate operations round. With AHEAD the tile's part
+    of A out goes to sums [blocks of columns, rows, RANK_A], fp32; A is [rank_a, width].
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -36,7 +37,15 @@ def gated_tile(
         u = (u.to(tl.float32) + scale_u * tl.dot(t, b)).to(kind)
     x = g.to(tl.float32)
     active = (x / (1.0 + tl.exp(-x))).to(kind)
-    tl.store(out + places, (active.to(tl.float32) * u.to(tl.float32)).to(kind), mask=inside)
+    value = (active.to(tl.float32) * u.to(tl.float32)).to(kind)
+    tl.store(out + places, value, mask=inside)
+    if AHEAD:  # in four parts of the columns, which the warps share
+        r = tl.arange(0, RANK_A)
+        c = tl.reshape(j, (4, COLUMNS // 4))
+        left = tl.load(a + r[None, None, :] * width + c[:, :, None], mask=(r < rank_a)[None, None, :] & (c < width)[:, :, None], other=0.0)
+        parts = tl.permute(tl.reshape(value, (ROWS, 4, COLUMNS // 4)), (1, 0, 2))
+        to = sums + (tl.program_id(1) * rows + i[:, None]) * RANK_A + r[None, :]
+        tl.store(to, tl.sum(tl.dot(parts, left), 0), mask=(i < rows)[:, None])
 
 
 @triton.jit
@@ -187,12 +196,13 @@ def attend_tile(
 
 @triton.jit
 def norm_tile(
-    h, y, turned, b, w, out, x, rows, width, stride, rank, scale, eps,
-    ADD: tl.constexpr, BRANCH: tl.constexpr, EIGHTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    h, y, turned, b, w, alpha, out, x, rows, width, stride, rank, blocks, tokens, scale, eps,
+    ADD: tl.constexpr, BRANCH: tl.constexpr, EIGHTS: tl.constexpr, RANK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out = h + (y + scale B turned) and x, its RMS norm times w: ROWS rows of [rows, width], which COLUMNS hold.
 
-    Without ADD there is no y and no out, without BRANCH no B. Rounded where separate operations round.
+    Without ADD there is no y and no out, without BRANCH no B. With BLOCKS (a power of 2, no fewer than `blocks`) turned
+    is in parts, fp32 [blocks, rows, RANK], and alpha still to come. Rounded where separate operations round.
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = tl.arange(0, COLUMNS)
@@ -203,22 +213,30 @@ def norm_tile(
     if ADD:
         more = tl.load(y + at, mask=inside, other=0.0)
         if BRANCH:
+            k = tl.arange(0, RANK)
             if EIGHTS:
                 rank, stride = rank // 8 * 8, stride // 8 * 8
-            more = branched(more, turned, b, i, j, rows, width, stride, rank, scale, RANK)
+            if BLOCKS:
+                p = tl.arange(0, BLOCKS)
+                parts = turned + (p[:, None, None] * rows + i[None, :, None]) * RANK + k[None, None, :]
+                whole = tl.sum(tl.load(parts, mask=(p < blocks)[:, None, None] & (i < rows)[None, :, None], other=0.0), 0)
+                by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
+                t = tl.where(by == 0.0, 0.0, whole.to(kind).to(tl.float32) * by).to(kind)
+            else:
+                t = tl.load(turned + i[:, None] * stride + k[None, :], mask=(i < rows)[:, None] & (k < rank)[None, :], other=0.0)
+            more = branched(more, t, b, j, width, rank, scale, RANK)
         value = (value.to(tl.float32) + more.to(tl.float32)).to(kind)
         tl.store(out + at, value, mask=inside)
     wide = value.to(tl.float32)
     shrink = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
-    by = tl.load(w + j, mask=j < width, other=0.0).to(tl.float32)
-    tl.store(x + at, (wide * shrink[:, None] * by[None, :]).to(kind), mask=inside)
+    weight = tl.load(w + j, mask=j < width, other=0.0).to(tl.float32)
+    tl.store(x + at, (wide * shrink[:, None] * weight[None, :]).to(kind), mask=inside)
 
 
 @triton.jit
-def branched(y, turned, b, i, j, rows, width, stride, rank, scale, RANK: tl.constexpr):
-    """y + scale B turned for the rows i and columns j; B is [width, rank], turned [rows, rank] with a stride."""
+def branched(y, t, b, j, width, rank, scale, RANK: tl.constexpr):
+    """y + scale B t for columns j of y: t is [rows, RANK], B [width, rank]."""
     k = tl.arange(0, RANK)
-    t = tl.load(turned + i[:, None] * stride + k[None, :], mask=(i < rows)[:, None] & (k < rank)[None, :], other=0.0)
     up = tl.load(b + j[None, :] * rank + k[:, None], mask=(j < width)[None, :] & (k < rank)[:, None], other=0.0)
     return (y.to(tl.float32) + scale * tl.dot(t, up)).to(y.dtype)
 
@@ -261,9 +279,10 @@ def one_head(
     low, high = tl.load(at, mask=inside, other=0.0), tl.load(at + half, mask=inside, other=0.0)
     kind = low.dtype
     if DIAL:
-        first = head * 2 * half
-        low = branched(low, turned, b + first * rank, i, d, rows, half, stride, rank, scale, RANK)
-        high = branched(high, turned, b + (first + half) * rank, i, d, rows, half, stride, rank, scale, RANK)
+        k = tl.arange(0, RANK)
+        t = tl.load(turned + i[:, None] * stride + k[None, :], mask=(i < rows)[:, None] & (k < rank)[None, :], other=0.0)
+        own = b + head * 2 * half * rank
+        low, high = branched(low, t, own, d, half, rank, scale, RANK), branched(high, t, own + half * rank, d, half, rank, scale, RANK)
     if TURN:
         turns = angle[:, None] + d[None, :]
         c1, c2 = tl.load(cos + turns, mask=inside, other=0.0), tl.load(cos + turns + half, mask=inside, other=0.0)
@@ -327,6 +346,5 @@ def draw_tile(logits, uniform, temperature, out, vocab, step, SAMPLED: tl.conste
 
 @triton.jit
 def weights(start, j, vocab, top, cold):
-    """exp((logit - top) / temperature), 0 past the vocabulary."""
     value = tl.load(start + j, mask=j < vocab, other=float("-inf")).to(tl.float32)
     return tl.where(j < vocab, tl.exp((value - top) * cold), 0.0)
