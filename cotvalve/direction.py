@@ -80,6 +80,9 @@ class Direction:
         object.__setattr__(self, "factors", MappingProxyType(dict(self.factors)))
         object.__setattr__(self, "targets", tuple(sorted(self.targets or endings(self.factors))))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Direction, (dict(self.factors), self.card, self.targets)
+
     def __repr__(self) -> str:
         ranks = sorted({factor.rank for factor in self.factors.values()})
         rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

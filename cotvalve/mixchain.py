@@ -58,7 +58,7 @@ class Sampling(ModelSettings):
     engine: str = "auto"
     """auto, transformers, vllm or generate."""
     gpus: int = 1
-    """GPUs that share each layer of a model too large for one: vLLM's tensor parallelism. The other engines use one."""
+    """GPUs: each holds a copy of the model and samples its part. With `engine` vllm they share each layer of a model too large for one."""
     slots: int | None = None
     """Chains decoded at once; sized from the memory when not given."""
 

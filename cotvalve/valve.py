@@ -153,6 +153,7 @@ class Valve:
         self.model = model
         self.name = model.name_or_path or type(model).__name__
         """The model as the user named it: for tables and cards."""
+        self.source: dict[str, Any] | None = None  # what `load` was given, for copies in other processes
         self.base_sha256 = fingerprint(model)  # empty for a quantized base
         if direction is not None:
             self._put(direction)
@@ -188,16 +189,14 @@ class Valve:
         missing or broken, DirectionMismatch for a direction that does not fit it.
         """
         where = checkpoints.pick_device() if device is None else torch.device(device)
-        loaded = checkpoints.load_model(
-            model, dtype=dtype, device=where, gguf_file=gguf_file,
-            trust_remote_code=trust_remote_code, quantize_4bit=quantize_4bit,
-        )  # fmt: skip
+        how: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code, "quantize_4bit": quantize_4bit}
+        loaded = checkpoints.load_model(model, dtype=dtype, device=where, **how)
         tokenizer = checkpoints.load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         if chat_template:
             templates.put(tokenizer, chat_template)
         found = None if direction is None else load_direction(direction, loaded)
         valve = cls(loaded.eval(), tokenizer, found)
-        valve.name = str(model)
+        valve.name, valve.source = str(model), {**how, "model": model, "dtype": loaded.dtype, "chat_template": chat_template}
         if direction is not None:
             from cotvalve.calibration import Calibration
 

@@ -4,6 +4,8 @@
     vllm           vLLM with the dial in its workers: its pages hold more long chains than slots do; several GPUs
     generate       plain `model.generate`, batch by batch: any architecture, slower; the reference in tests
 
+With several GPUs `replicas` deals the requests of any but vLLM out among copies of it.
+
 A new engine is one file with a class that has `generate`, and one line in `pick`.
 """
 
@@ -50,7 +52,7 @@ def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, 
     `batch` is the number of rows decoded at once; None sizes it from the memory. `work` is the number of new tokens
     that will be asked for at most, `longest` that of one chain: 'auto' starts vLLM, where it is installed and there is
     a GPU, for WORTH_VLLM tokens of chains so long that fewer than FEW_SLOTS of them fit the memory, or of a model that
-    our slots do not take. `gpus` share each layer, in vLLM only.
+    our slots do not take. `gpus` share each layer in vLLM; elsewhere each holds a copy of the model and some of the requests.
     """
     from cotvalve.engines.generate import GenerateEngine
     from cotvalve.engines.transformers import TransformersEngine, unsupported
@@ -59,7 +61,7 @@ def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, 
         raise SettingError(unknown("engine", name, NAMES))
     large = name == "auto" and work >= WORTH_VLLM and valve.model.device.type == "cuda"
     if gpus > 1 and name != "vllm":
-        raise SettingError(f"engine '{name}' runs on one GPU; set engine to vllm for {gpus}, or run seeds side by side, a GPU each")
+        return _copied(pick(name, valve, batch), valve, batch, gpus)
     slower = large and (unsupported(valve.model) or TransformersEngine(valve).slots_that_fit(longest + PROMPT) < FEW_SLOTS)
     if name == "vllm" or slower:
         from cotvalve.engines import vllm_support
@@ -71,6 +73,19 @@ def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, 
     if name == "generate" or (name == "auto" and unsupported(valve.model)):
         return GenerateEngine(valve, batch=batch)
     return TransformersEngine(valve, batch=batch)
+
+
+def _copied(engine: Engine, valve: "Valve", batch: int | None, gpus: int) -> Engine:
+    import torch
+
+    from cotvalve.engines.replicas import Replicas
+
+    own = valve.model.device
+    there = torch.cuda.device_count() if own.type == "cuda" else 0
+    if gpus > there:
+        raise SettingError(f"gpus is {gpus}, but this machine shows {there or 'none'}; set CUDA_VISIBLE_DEVICES, or gpus to {max(1, there)}")
+    others = [f"cuda:{i}" for i in range(there) if i != (own.index or 0)]
+    return Replicas(valve, engine, others[: gpus - 1], batch)
 
 
 def ask(
