@@ -2,7 +2,7 @@
 
 A residual sum is one with the branch of the product that it adds and with the norm behind it; the branches of queries,
 keys and values are one with the rotation and with writing the cache. The roundings are PyTorch's, so alpha 0 adds exact
-zeros. A x in the norm's kernel too was tried on an H100: 12.3 microseconds, against 5.8 and 4.4 of two kernels.
+zeros. A x in the norm's kernel too was tried on an H100: two kernels are faster.
 """
 
 from __future__ import annotations
