@@ -1,11 +1,12 @@
-"""benchmarks/agreement.py and benchmarks/losses.py on rows made by hand."""
+"""benchmarks/agreement.py, hardness.py and losses.py on rows made by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import agreement, losses
+from benchmarks import agreement, hardness, losses
 from cotvalve import problems
 from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError
@@ -57,3 +58,31 @@ def test_what_was_lost_is_told_by_what_happened(tmp_path: Path) -> None:
     assert "1 of the other 3 had it and went on" in line
     with pytest.raises(DataError, match="has no V at alpha 2"):
         losses.losses(made, "V", 2.0, None)
+
+
+def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine questions, the last ones with the longest solutions: the dial loses those, and nothing else."""
+    nine = [replace(one, id=f"gsm8k/test/{i}", solution="step " * (9 - i)) for i, one in enumerate(problems.load("arithmetic", limit=9))]
+    monkeypatch.setattr(hardness, "load", lambda *_, **__: nine)
+    step = tmp_path / "0" / "main-gsm8k"
+    step.mkdir(parents=True)
+    rows: list[dict[str, Any]] = [
+        {
+            "dataset": "gsm8k", "system": system, "problem": one.id, "alpha": alpha, "sample": 0, "tokens": 100 - int(50 * alpha), "reasoning_tokens": 0,
+            "prompt_tokens": 9, "finish": "stop", "correct": alpha == 0 or i >= 3, "predicted": "1", "reason": "", "subset": "", "text": "",
+        }
+        for system, alpha in ((PLAIN, 0.0), ("V", 0.0), ("V", 1.0)) for i, one in enumerate(nine)
+    ]  # fmt: skip
+    write_parquet(step / "rows.parquet", rows)
+    write_json(step / "run.json", {"verb": "sweep", "settings": {"split": "test", "model": "m"}, "facts": {"billions": "1"}})
+    lines = [line.split(" | ") for line in hardness.tables([tmp_path / "0"], "main", ["V"], [1.0, 3.0], 99, None).splitlines() if line.startswith("| V")]
+    assert [line[1] for line in lines] == list(hardness.THIRDS)
+    assert [line[3].split()[0] for line in lines] == ["100.0", "100.0", "0.0"]
+    assert [line[6].split()[0] for line in lines] == ["0.0", "0.0", f"{MINUS}100.0"]
+    assert all(line[7].startswith("2.00") for line in lines)
+    with pytest.raises(DataError, match="no 'W' in table main; it has"):
+        hardness.tables([tmp_path / "0"], "main", ["W"], [1.0], 99, None)
+    with pytest.raises(DataError, match="no sweep of table 'other'"):
+        hardness.tables([tmp_path / "0"], "other", ["V"], [1.0], 99, None)
+    with pytest.raises(DataError, match="without human solutions"):
+        hardness.thirds([replace(one, solution="") for one in nine])

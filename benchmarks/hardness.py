@@ -1,0 +1,92 @@
+"""Who pays for short chains: what a dial costs on easy and on hard questions.
+
+    python benchmarks/hardness.py results/reproduction/0 results/reproduction/1 --table main --system CoT-Valve++ --alphas 0.5,1
+
+Questions are put in thirds by the length of their human solution, which no model had a say in. A folder is one seed;
+intervals as in benchmarks/reproduction.py. Needs the data sets for the solutions (--data, COTVALVE_DATA, or the hub).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.reproduction import Line, Measured, line, lines_table, read  # noqa: E402
+from cotvalve.baselines import PLAIN  # noqa: E402
+from cotvalve.errors import CotvalveError, DataError  # noqa: E402
+from cotvalve.problems import load  # noqa: E402
+from cotvalve.types import Problem  # noqa: E402
+
+THIRDS = ("short solutions", "middle", "long solutions")
+
+
+def thirds(problems: Sequence[Problem]) -> list[set[str]]:
+    """Ids of the questions whose solutions are short, of middle length, and long.
+
+    >>> from dataclasses import replace
+    >>> one = load("arithmetic", limit=1)[0]
+    >>> [sorted(third) for third in thirds([replace(one, id=str(n), solution="x" * n) for n in (9, 1, 5, 7, 3)])]
+    [['1'], ['3', '5'], ['7', '9']]
+    """
+    if not any(problem.solution for problem in problems):
+        raise DataError("these questions come without human solutions; gsm8k and math500 have them")
+    order = [problem.id for problem in sorted(problems, key=lambda problem: (len(problem.solution), problem.id))]
+    ends = [len(order) * i // 3 for i in range(4)]
+    return [set(order[a:b]) for a, b in pairwise(ends)]
+
+
+def among(here: Measured, ids: set[str]) -> Measured:
+    """What was measured on the questions `ids`."""
+    systems = {
+        system: {alpha: {seed: [row for row in rows if row["problem"] in ids] for seed, rows in seeds.items()} for alpha, seeds in dial.items()}
+        for system, dial in here.systems.items()
+    }
+    return replace(here, systems=systems)
+
+
+def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: Sequence[float], draws: int, data_dir: str | None) -> str:
+    """One table for each data set that has solutions."""
+    parts: list[str] = []
+    for (name, dataset, held), here in read(folders).items():
+        if name != table or held:
+            continue
+        problems = load(dataset, split="test", data_dir=data_dir)
+        if not any(problem.solution for problem in problems):
+            continue
+        lines: list[Line] = []
+        for label, ids in zip(THIRDS, thirds(problems), strict=True):
+            some = among(here, ids)
+            lines.append(line(label, PLAIN, None, some, dataset, draws))
+            for system in systems:
+                if system not in some.systems:
+                    raise DataError(f"there is no '{system}' in table {table}; it has {', '.join(some.systems)}")
+                lines += [line(label, system, alpha, some, dataset, draws, PLAIN) for alpha in alphas if alpha in some.systems[system]]
+        parts.append(f"{dataset}, {len(problems):,} questions in thirds:\n\n{lines_table(lines, PLAIN)}")
+    if not parts:
+        raise DataError(f"no sweep of table '{table}' on a set with human solutions in {', '.join(map(str, folders))}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="run folders of recipes/reproduction/, one for each seed")
+    parser.add_argument("--table", default="main")
+    parser.add_argument("--system", action="append", required=True, help="can be given several times")
+    parser.add_argument("--alphas", default="0.5,1")
+    parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
+    parser.add_argument("--data", help="folder with local copies of the data sets")
+    given = parser.parse_args()
+    try:
+        print(tables(given.folders, given.table, given.system, [float(part) for part in given.alphas.split(",")], given.draws, given.data))
+    except CotvalveError as error:
+        raise SystemExit(f"hardness: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
