@@ -912,11 +912,11 @@ def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int) ->
 
 @pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("which", ["all", "attention", "mlp", "none"])
+@pytest.mark.parametrize("which", ["all", "attention", "mlp", "k_proj", "none"])
 def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, which: str, ahead: bool) -> None:
     """The engine with all layers in the kernels' hands, in an interpreter: prompts and steps, any part with a branch; all given back."""
     monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
-    kept = {"all": "", "attention": "self_attn", "mlp": "mlp", "none": "nothing"}[which]
+    kept = {"all": "", "attention": "self_attn", "none": "nothing"}.get(which, which)
     factors = {name: factor for name, factor in direction().factors.items() if kept in name}
     asked = mixture(6) if factors else [replace(request, alpha=0.0) for request in mixture(6)]
     turned = Valve(models.llama(), models.tokenizer(["</think>"]), Direction(factors, Card("base")) if factors else None)

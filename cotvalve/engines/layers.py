@@ -5,7 +5,7 @@ Only for layers that prove to be that formula, and are faster so, on NVIDIA card
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,10 +78,12 @@ class Layer:
             return self.general(hidden, *more, **named)
         if norm is None:
             norm = _norm(hidden, None, None, layer.input_layernorm)[1]
-        queries, keys, values = (side(getattr(attend, name), self.dial, norm) for name in ATTENTION[:3])
-        if queries is None or keys is None or values is None or len({part[1] is None for part in (queries, keys, values)}) > 1:
+        parts = [part for name in ATTENTION[:3] if (part := side(getattr(attend, name), self.dial, norm)) is not None]
+        if len(parts) < 3:
             return self.general(hidden, **named)
-        mixed = self._attend((queries, keys, values), **named)
+        if len({part[1] is None for part in parts}) > 1:  # a direction of some of them
+            parts = [_added(part) for part in parts]
+        mixed = self._attend(parts, **named)
         hidden, norm = _norm(hidden, self._parts(attend.o_proj, mixed), None, layer.post_attention_layernorm)
         return self.stream.put(*_norm(hidden, *self._last(mlp, norm), self.after))
 
@@ -101,7 +103,7 @@ class Layer:
         inner = gated.inner(norm)
         return (self._parts(mlp.down_proj, inner) if inner is not None else (mlp(norm), None, None, 0.0)), None
 
-    def _attend(self, parts: tuple[Parts, Parts, Parts], **named: Any) -> Tensor:
+    def _attend(self, parts: Sequence[Parts], **named: Any) -> Tensor:
         attend = self.layer.self_attn
         angles, mask, cache = (named.pop(name, None) for name in ("position_embeddings", "attention_mask", "past_key_values"))
         rows, tokens = parts[0][0].shape[:2]
@@ -117,6 +119,13 @@ class Layer:
             key, value = (key, value) if cache is None else cache.update(key, value, attend.layer_idx)
         mixed, _ = slots.attention(attend, query, key, value, mask, scaling=attend.scaling, dropout=0.0, **named)  # pyright: ignore[reportArgumentType]
         return mixed.reshape(rows, tokens, -1).contiguous()
+
+
+def _added(part: Parts) -> Parts:
+    y, thin, b, scale = part
+    if thin is not None and b is not None:
+        y.view(-1, y.shape[-1]).addmm_(thin, b.t(), alpha=scale)
+    return y, None, None, 0.0
 
 
 def _norm(hidden: Tensor, more: Parts | None, sums: Sums | None, norm: Any) -> tuple[Tensor, Tensor]:
