@@ -2,6 +2,7 @@
 # make test   installs and passes the tests
 # make bench  the demo's figures for three seeds (docs/results.md)
 # make test-vllm   the tests of the vLLM engine, in an environment of its own (.venv-vllm) with vLLM's CPU build
+# make test-kernels   the tests of the GPU kernels without a GPU: in Triton's interpreter, then compiled for cards (Triton: 1 GB in .venv/triton)
 # The first two use the project's own environment in .venv and the pinned versions of constraints.txt.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check bench test-vllm install
+.PHONY: demo test check bench test-vllm test-kernels install
 
 demo: .venv/installed
 	.venv/bin/cotvalve demo --out runs/demo
@@ -30,6 +31,11 @@ bench: .venv/installed
 test-vllm: .venv-vllm/installed
 	VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/test_vllm.py
 
+test-kernels: export OMP_NUM_THREADS = 1
+test-kernels: .venv/triton/installed
+	TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(PY) -m pytest -n 2 -m kernel tests/test_engines.py
+	PYTHONPATH=.venv/triton $(PY) -m pytest -m kernel tests/test_engines.py
+
 install: .venv/installed
 
 .venv/bin/python:
@@ -44,6 +50,10 @@ install: .venv/installed
 
 .venv/installed-dev: .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
+	touch $@
+
+.venv/triton/installed: .venv/installed-dev
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton triton==3.9.0
 	touch $@
 
 # vLLM's own requirements without what only images, audio and kernels of other machines need; then vLLM without its own list.

@@ -507,13 +507,13 @@ def test_greedy_and_sampled_rows_share_a_batch() -> None:
     assert tokens.tolist() == [1, 2, 0]
 
 
-TRITON = pytest.mark.skipif(
-    find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Triton and a GPU, or Triton and TRITON_INTERPRET=1",
-)
+def on_card(test: Any) -> Any:
+    """A test of kernels: with Triton on a GPU, or in Triton's interpreter (`make test-kernels`)."""
+    runs = find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+    return pytest.mark.kernel(pytest.mark.skipif(not runs, reason="needs Triton and a GPU, or Triton and TRITON_INTERPRET=1")(test))
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize("vocab", [5, 100, 8192, 20_000])
 def test_a_drawn_token_is_the_one_at_its_number(vocab: int) -> None:
     """Greedy rows and warm ones together; numbers at both ends; weights of 0 and ties; rows cut out of a wider tensor."""
@@ -646,7 +646,7 @@ def test_the_kernel_of_a_gpu_computes_row_by_row(dim: int) -> None:
     assert torch.allclose(found.float(), wanted, atol=0.02)
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize("tile", gated.TILES)
 @pytest.mark.parametrize("rank", [5, 8, 24])
 @pytest.mark.parametrize("dial", [False, True], ids=["closed", "turned"])
@@ -677,7 +677,7 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated
     assert torch.allclose(made, found.float() @ a.float().t(), rtol=1e-3, atol=1e-3 * float(made.abs().max()))
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize(("rows", "tokens", "alphas"), [(37, 1, 37), (5, 9, 5), (5, 9, 45), (3, 7, 1), (90, 50, 90)])
 @pytest.mark.parametrize(("width", "rank"), [(96, 4), (300, 24), (520, 48), (200, 100), (100, 140)])
 def test_the_thin_product_is_what_pytorch_computes_apart(rows: int, tokens: int, alphas: int, width: int, rank: int) -> None:
@@ -700,7 +700,7 @@ def test_the_thin_product_is_what_pytorch_computes_apart(rows: int, tokens: int,
     assert torch.allclose(found[finite], wanted[finite], rtol=0.02 if loose else 1e-4, atol=0.3 if loose else 1e-3)
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize(("dim", "heads", "others"), [(64, 14, 2), (16, 3, 3), (24, 9, 1), (128, 8, 8)])
 @pytest.mark.parametrize(("rows", "tokens", "shared"), [(5, 1, False), (3, 7, False), (3, 7, True)])
 def test_the_rotation_is_that_of_transformers(dim: int, heads: int, others: int, rows: int, tokens: int, shared: bool) -> None:
@@ -720,7 +720,7 @@ def test_the_rotation_is_that_of_transformers(dim: int, heads: int, others: int,
         assert torch.allclose(ours, theirs, rtol=0.01 if dtype == torch.bfloat16 else 1e-6, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize(("dim", "heads", "others"), [(64, 14, 2), (128, 12, 2), (24, 3, 3), (16, 40, 2), (80, 8, 1)])
 @pytest.mark.parametrize("tile", attend.TILES)
 def test_our_attention_is_that_of_each_row(dim: int, heads: int, others: int, tile: attend.Tile) -> None:
@@ -741,6 +741,7 @@ def test_our_attention_is_that_of_each_row(dim: int, heads: int, others: int, ti
         assert torch.allclose(found.float(), wanted, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton, uninterpreted; no GPU")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
@@ -830,7 +831,7 @@ def test_our_attention_is_taken_where_it_is_right_and_faster(monkeypatch: pytest
     assert not [*attend.faster_attention(model)]
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize(("ranks", "alphas"), [((4, 4, 4), 37), ((3, 8, 5), 1), ((8, 8, 8), 37), (None, 0)])
 @pytest.mark.parametrize(("dim", "heads", "others"), [(64, 3, 1), (24, 2, 2), (128, 5, 1)])
 @pytest.mark.parametrize(("placed", "tile"), [(False, between.TILES[0]), *((True, tile) for tile in between.TILES)])
@@ -874,7 +875,7 @@ def test_heads_are_those_of_transformers(
         assert torch.allclose(ours, theirs, **loose)
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize("width", [96, 300, 2048])
 @pytest.mark.parametrize("more", ["none", "plain", 5, 8])
 def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int) -> None:
@@ -910,6 +911,7 @@ def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int) ->
         assert torch.allclose(norm, torch.nn.functional.rms_norm(found, [width], w, 1e-6), **loose)
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("which", ["all", "attention", "mlp", "k_proj", "none"])
@@ -1004,7 +1006,7 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     assert run(engine("transformers", on=turned), mixture(6)) == expected
 
 
-@TRITON
+@on_card
 @pytest.mark.parametrize("spread", branch.SPREADS)
 @pytest.mark.parametrize(("rows", "tokens", "alphas"), [(37, 1, 37), (5, 9, 45), (3, 7, 1)])
 @pytest.mark.parametrize(("width", "out", "ranks"), [(96, (300, 64, 64), (4, 4, 4)), (300, (130,), (24,)), (520, (96, 260), (3, 16))])
