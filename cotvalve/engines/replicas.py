@@ -110,12 +110,13 @@ class Copy:
         self._process = context.Process(target=_work, args=(other, source, device, engine, batch, share), daemon=True)
         self._process.start()
         other.close()
+        self._gone = False
         self._turned_to: object = None
 
     @property
     def alive(self) -> bool:
         """Whether it can be asked."""
-        return self._process.is_alive()
+        return not self._gone and self._process.is_alive()
 
     def run(self, valve: Valve, requests: Sequence[Request], said: queue.Queue[Said]) -> None:
         """Asks for `requests` at the valve's direction; what it says arrives in `said`, at last that it is done, has failed or died."""
@@ -131,11 +132,12 @@ class Copy:
                 what, found = pickle.loads(self._line.recv_bytes())
                 said.put((self, what, found))
         except (EOFError, OSError):
-            self._process.join()
+            self._gone = True  # and not waited for here: two threads that wait for one process confuse each other
             said.put((self, "died", None))
 
     def end(self) -> None:
         """Kills it."""
+        self._gone = True
         self._process.kill()
         self._process.join()
 
