@@ -1,8 +1,8 @@
 """One engine on several GPUs: a copy of the model on each, and the requests dealt out among them.
 
 The first copy is the valve's own, in this process; each further one has a GPU and a process. A request's chain does not
-depend on what else is in its batch, so the chains are those of one GPU. A process that dies loses no finished chain: what
-it had left is dealt out again.
+depend on what else is in its batch (in 16 bits but for near ties), so the chains are those of one GPU. A process that dies
+loses no finished chain: what it had left is dealt out again.
 """
 
 from __future__ import annotations
