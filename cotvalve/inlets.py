@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import TypeGuard
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -115,7 +116,7 @@ class Inlets:
     def parts(self, layer: nn.Module, x: Tensor, turned: Turned | None, alpha: Callable[[Tensor], Tensor]) -> Parts | None:
         """The parts of a LoRA layer's output, `turned` None where the valve is closed; None where only PEFT's own forward
         will do: with gradients, or a layer that is not plain LoRA in x's dtype. An engine's kernel leaves nothing to add."""
-        if type(layer) is not LoraLinear or layer not in self.of or torch.is_grad_enabled() or not _usual(layer, x):
+        if not self._plain(layer, x):
             return None
         b, inlet = weight(layer.lora_B[ADAPTER]), self.of[layer]
         scale: float = layer.scaling[ADAPTER]
@@ -134,11 +135,12 @@ class Inlets:
 
     def factors(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """A, B and B's scale, for a kernel that makes alpha * A x itself; None where only PEFT's own forward will do, as in `parts`."""
-        if type(layer) is not LoraLinear or layer not in self.of or torch.is_grad_enabled() or not _usual(layer, x):
-            return None
-        if not self.finite or layer.lora_bias[ADAPTER]:
+        if not self._plain(layer, x) or not self.finite or layer.lora_bias[ADAPTER]:
             return None
         return weight(layer.lora_A[ADAPTER]), weight(layer.lora_B[ADAPTER]), layer.scaling[ADAPTER]
+
+    def _plain(self, layer: nn.Module, x: Tensor) -> TypeGuard[LoraLinear]:
+        return type(layer) is LoraLinear and layer in self.of and not torch.is_grad_enabled() and _usual(layer, x)
 
     def look(self) -> None:
         """Takes note of the factors where they have changed. Read at every step of an engine without graphs: microseconds."""

@@ -673,7 +673,7 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated
     again, sums = gated.gated_ahead(*sides, tile, a)
     assert torch.equal(again[:, 0], found)
     made = sums.sum(0)[:, :rank]
-    assert sums.shape == (-(-width // tile.columns), rows, gated.power(rank))
+    assert sums.shape == (-(-width // tile.columns), rows, kernels.power(rank))
     assert torch.allclose(made, found.float() @ a.float().t(), rtol=1e-3, atol=1e-3 * float(made.abs().max()))
 
 
@@ -902,7 +902,7 @@ def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int) ->
         # The same with A x in 5 parts, alpha to come; closed rows are as if nothing were added, whatever A x is there.
         alpha = torch.randn(rows, 1, 1, generator=draw).to(device)
         alpha[0] = 0
-        sums = torch.randn(5, rows, gated.power(more), generator=draw).to(device)
+        sums = torch.randn(5, rows, kernels.power(more), generator=draw).to(device)
         sums[:, 0] = torch.inf
         t = torch.where(alpha[:, :, 0] == 0, 0.0, sums.sum(0)[:, :more].to(dtype).float() * alpha[:, :, 0]).to(dtype)
         found, norm = between.normed(hidden, (y, None, parts[2], 0.5), w, 1e-6, between.Sums(sums, alpha))

@@ -89,7 +89,7 @@ def attended(tile: Tile, query: Tensor, key: Tensor, value: Tensor, ends: Ends, 
     kernel: Any = attend_tile
     kernel[(rows, others)](
         query, key, value, ends.used, out, ends.length, dim, heads // others, scale, *query.stride()[:2], *key.stride()[:2],
-        SHARED=max(16, 1 << (heads // others - 1).bit_length()), DIM=max(16, 1 << (dim - 1).bit_length()), KEYS=tile.keys,
+        SHARED=kernels.power(heads // others), DIM=kernels.power(dim), KEYS=tile.keys,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cotvalve.engines.gated import power
+from cotvalve.engines.kernels import power
 from cotvalve.engines.slots import Placed
 from cotvalve.inlets import Parts
 

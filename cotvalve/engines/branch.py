@@ -97,7 +97,7 @@ def branched(spread: int, x: Tensor, a: Tensor, alpha: Tensor, sides: Sequence[t
     y, b, scale = (list(column) for column in zip(*sides, *[(flat, flat, 0.0)] * (MOST - len(sides)), strict=True))
     wide = [side[1].shape[0] for side in sides] + [0] * (MOST - len(sides))
     ranks = [side[1].shape[1] for side in sides] + [0] * (MOST - len(sides))
-    across, tall = max(16, 1 << (rank - 1).bit_length()), 16
+    across, tall = kernels.power(rank), 16
     tile: Any = branch_tile
     tile[(-(-rows // tall), spread)](
         flat, a.contiguous(), alpha.reshape(-1).contiguous(), *y, *b, rows, width, rows // alpha.numel(), rank, *wide, *ranks, *scale,

@@ -1,8 +1,8 @@
 """From logits to a token in one kernel that reads a row from memory once.
 
-PyTorch's argmax takes twice as long as the reading, and a draw at a temperature is ten passes over fp32 copies of the
-logits: on a small model with a large vocabulary that is a third of a decoding step. A draw is the same inversion of the
-distribution function at the request's own number (`sampling.invert`); only top_p, which sorts, is left to PyTorch.
+PyTorch's argmax takes longer than the reading, and a draw at a temperature is many passes over fp32 copies of the logits.
+A draw is the same inversion of the distribution function at the request's own number (`sampling.invert`); only top_p,
+which sorts, is left to PyTorch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from cotvalve.engines import kernels, sampling
 from cotvalve.engines.replaced import Replacement
 
-MANY = 2048
-"""Rows of the measurement: a full batch."""
+MANY = 256
+"""Rows of the measurement: enough to fill a card, and few enough that PyTorch's copies of their logits fit beside a model."""
 BLOCK = 8192
 """Logits at a time."""
 
@@ -69,6 +69,6 @@ def drawn(logits: Tensor, uniform: Tensor | None = None, temperature: Tensor | N
     at, heat = (logits if each is None else each.contiguous() for each in (uniform, temperature))
     tile: Any = draw_tile
     tile[(rows,)](
-        logits, at, heat, out, vocab, logits.stride(0), SAMPLED=uniform is not None, BLOCK=min(BLOCK, max(16, 1 << (vocab - 1).bit_length())), num_warps=16,
+        logits, at, heat, out, vocab, logits.stride(0), SAMPLED=uniform is not None, BLOCK=min(BLOCK, kernels.power(vocab)), num_warps=16,
     )  # fmt: skip
     return out

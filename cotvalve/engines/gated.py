@@ -140,7 +140,7 @@ def _gated_by(gate: Parts, up: Parts, tile: Tile, a: Tensor | None) -> tuple[Ten
     rows = y.numel() // width
     out = torch.empty_like(y)
     blocks, rank_a = -(-width // tile.columns), 0 if a is None else len(a)
-    sums = None if a is None else torch.empty(blocks, rows, power(rank_a), dtype=torch.float32, device=y.device)
+    sums = None if a is None else torch.empty(blocks, rows, kernels.power(rank_a), dtype=torch.float32, device=y.device)
     # Where the valve is closed nothing is read of the branches; the kernel wants some tensor for each.
     turned_g, b_g, turned_u, b_u = (y if tensor is None else tensor for tensor in (gate[1], gate[2], up[1], up[2]))
     dial = gate[1] is not None
@@ -149,13 +149,8 @@ def _gated_by(gate: Parts, up: Parts, tile: Tile, a: Tensor | None) -> tuple[Ten
     tiles: Any = gated_tile
     tiles[-(-rows // tile.rows), blocks](
         y, up[0], turned_g, b_g, turned_u, b_u, out, y if a is None else a.contiguous(), y if sums is None else sums,
-        rows, width, *strides, gate[3], up[3], *ranks, rank_a, RANK=power(max(ranks)), RANK_A=power(rank_a),
+        rows, width, *strides, gate[3], up[3], *ranks, rank_a, RANK=kernels.power(max(ranks)), RANK_A=kernels.power(rank_a),
         EIGHTS=not any(number % 8 for number in (*ranks, *strides)), DIAL=dial, AHEAD=a is not None, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.warps,
     )  # fmt: skip
     return out, sums
-
-
-def power(number: int) -> int:
-    """The least power of two from 16 on that holds `number`."""
-    return 16 if number <= 16 else 1 << (number - 1).bit_length()

@@ -19,6 +19,11 @@ def available(model: nn.Module) -> bool:
     return weight.is_cuda and torch.version.cuda is not None and weight.dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
 
 
+def power(number: int) -> int:
+    """The least power of two from 16 on that holds `number`: what a side of a matrix product has to be in a kernel."""
+    return max(16, 1 << (number - 1).bit_length()) if number else 16
+
+
 def seconds(work: Callable[[], object], times: int = 8) -> float:
     """Of one call of `work`, as a graph replays it: without what the processor takes to start kernels. The best of five."""
     work()  # compiles

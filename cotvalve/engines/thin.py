@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cotvalve.engines.kernels import power
 from cotvalve.inlets import ADAPTER, FEW, Inlets, weight
 
 WIDEST = 128
@@ -49,7 +50,7 @@ def thin(x: Tensor, a: Tensor, alpha: Tensor) -> Tensor:
     rows = len(flat)
     out = x.new_empty(*x.shape[:-1], rank)
     tall = 16 if rows <= FEW else 64  # small tiles fill the card with few rows
-    across = max(16, 1 << (rank - 1).bit_length())
+    across = power(rank)
     # Three stages of both tiles in the 99 KB that every card since Ampere has.
     deep = 256 if tall + across <= 48 else 128 if tall + across <= 128 else 64
     tile: Any = thin_tile

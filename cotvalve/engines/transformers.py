@@ -159,10 +159,10 @@ class TransformersEngine:
             faster(lambda: gated.gated_layers(model, dial))
             faster(lambda: fused_rotation(model))
             faster(lambda: faster_attention(model))
-            faster(lambda: faster_draws(model))
             whole = faster(lambda: faster_layers(model, dial)) > 0
             if dial is not None:
                 faster(lambda: faster_branches(dial, alone=not whole))
+            faster(lambda: faster_draws(model))
         except kernels.failures() as error:  # no compiler that knows this card, or no memory to try them in
             warnings.warn(f"our kernels are left out, PyTorch's are slower: {type(error).__name__}: {error}", stacklevel=2)
         return found
