@@ -49,6 +49,8 @@ class Inlet:
         """An engine's kernel for few rows."""
         self.beside: Beside | None = None
         """An engine's way to make A x while the card makes W x, for few rows."""
+        self.copies: Sequence[Tensor] = ()
+        """A of each layer where an engine has it once more."""
         self.forget()
 
     def read(self) -> None:
@@ -60,6 +62,8 @@ class Inlet:
             # Into the same memory where it fits: a captured graph goes on reading it.
             same = joined and self.down is not None and self.down.dtype == sides[0].dtype and len(self.down) == sum(map(len, sides))
             self.down = torch.cat(sides, out=self.down) if same else torch.cat(sides) if joined else None
+            for copy, side in zip(self.copies, sides, strict=False):
+                copy.copy_(side)
         ends = [0, *accumulate(len(side) for side in sides)]
         self.places = dict(zip(self.layers, map(slice, ends, ends[1:]), strict=True))
 
@@ -116,7 +120,7 @@ class Inlets:
     def parts(self, layer: nn.Module, x: Tensor, turned: Turned | None, alpha: Callable[[Tensor], Tensor]) -> Parts | None:
         """The parts of a LoRA layer's output, `turned` None where the valve is closed; None where only PEFT's own forward
         will do: with gradients, or a layer that is not plain LoRA in x's dtype. An engine's kernel leaves nothing to add."""
-        if not self._plain(layer, x):
+        if not self.plain(layer, x):
             return None
         b, inlet = weight(layer.lora_B[ADAPTER]), self.of[layer]
         scale: float = layer.scaling[ADAPTER]
@@ -135,11 +139,12 @@ class Inlets:
 
     def factors(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """A, B and B's scale, for a kernel that makes alpha * A x itself; None where only PEFT's own forward will do, as in `parts`."""
-        if not self._plain(layer, x) or not self.finite or layer.lora_bias[ADAPTER]:
+        if not self.plain(layer, x) or not self.finite or layer.lora_bias[ADAPTER]:
             return None
         return weight(layer.lora_A[ADAPTER]), weight(layer.lora_B[ADAPTER]), layer.scaling[ADAPTER]
 
-    def _plain(self, layer: nn.Module, x: Tensor) -> TypeGuard[LoraLinear]:
+    def plain(self, layer: nn.Module, x: Tensor) -> TypeGuard[LoraLinear]:
+        """Whether it is a LoRA layer of x's dtype that nothing else acts on, and no gradients are wanted."""
         return type(layer) is LoraLinear and layer in self.of and not torch.is_grad_enabled() and _usual(layer, x)
 
     def look(self) -> None:

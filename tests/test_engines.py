@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from cotvalve.engines import (
     branch,
     draw,
     gated,
+    joined,
     kernels,
     layers,
     pick,
@@ -646,6 +648,65 @@ def test_the_kernel_of_a_gpu_computes_row_by_row(dim: int) -> None:
     assert torch.allclose(found.float(), wanted, atol=0.02)
 
 
+@pytest.mark.parametrize("make", [models.llama, models.qwen2])
+def test_layers_of_one_input_are_one_product(make: Any, tmp_path: Path) -> None:
+    """W x and A x of each as apart, its weights still its own; another direction and another engine go on; a model that was moved is seen."""
+    both: list[Direction] = []
+    for by in (0.15, 0.3):
+        wrapped = models.lora(make(), by=by)
+        factors = {name.replace(".default", ""): by * factor for name, factor in wrapped.named_parameters() if "lora_" in name}
+        both.append(Direction.from_peft(wrapped.peft_config["default"], factors, Card("base")))
+    turned = Valve(make(), models.tokenizer(), both[0])
+    dial, layer = turned.dial, turned.model.model.layers[0]
+    assert dial is not None
+    before, saved = {name: parameter.clone() for name, parameter in turned.model.named_parameters()}, turned.fuse(0.7).state_dict()
+    sides = [[getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")], [layer.self_attn.o_proj], [layer.mlp.gate_proj, layer.mlp.up_proj]]
+    x, alpha = torch.randn(5, 3, 32), torch.linspace(-1, 1, 5)
+
+    def check(found: joined.Joined, group: list[Any]) -> None:
+        with torch.no_grad(), dial.at(alpha):
+            made = found.sides(dial, x)
+            assert made is not None
+            assert torch.equal(made.alpha, alpha[:, None, None])
+            for (y, thin_, b, scale), own in zip(made.parts, group, strict=True):
+                assert torch.allclose(y, own.base_layer(x), atol=1e-6)
+                assert torch.allclose(thin_.view(5, 3, -1), own.lora_A["default"](x), atol=1e-6)
+                assert b is own.lora_B["default"].weight
+                assert scale == own.scaling["default"]
+        with torch.no_grad():
+            closed = found.sides(dial, x)
+            assert closed is not None
+            assert all(torch.allclose(y, own.base_layer(x), atol=1e-6) and t is None for (y, t, *_), own in zip(closed.parts, group, strict=True))
+        assert found.sides(dial, x) is None  # gradients are left to PEFT
+
+    kept: list[joined.Joined] = []
+    for group in sides:
+        with dial.at(0.5):  # what is known of the factors
+            found = joined.join(group, dial)
+        assert found is not None
+        assert len(found.matrix) % 16 == 0
+        assert not found.attached
+        check(found, group)
+        found.attach()
+        assert found.attached
+        assert joined.join(group, dial) is found
+        kept.append(found)
+        check(found, group)
+        for other in both[::-1]:
+            assert turned.turn_to(other)
+            check(found, group)
+    assert joined.join([layer.self_attn.q_proj], dial) is None  # not all that read it
+    assert joined.join(sides[0][:1], None) is None  # nothing to join
+    assert all(torch.equal(parameter, before[name]) for name, parameter in turned.model.named_parameters())
+    fused = turned.fuse(0.7)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in fused.state_dict().items())
+    fused.save_pretrained(tmp_path)
+    again = type(fused).from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in again.state_dict().items())
+    layer.self_attn.k_proj.base_layer.weight.data = layer.self_attn.k_proj.base_layer.weight.data.clone()
+    assert [one.attached for one in kept] == [False, True, True]
+
+
 @on_card
 @pytest.mark.parametrize("tile", gated.TILES)
 @pytest.mark.parametrize("rank", [5, 8, 24])
@@ -670,11 +731,24 @@ def test_the_gated_kernel_is_what_pytorch_computes_apart(dial: bool, tile: gated
     found = gated.gated(*sides, tile)[:, 0]
     assert torch.allclose(found, wanted, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
     a = some(rank, width)
-    again, sums = gated.gated_ahead(*sides, tile, a)
+    again, sums = gated.gated_ahead(*sides, tile, None, a)
     assert torch.equal(again[:, 0], found)
     made = sums.sum(0)[:, :rank]
     assert sums.shape == (-(-width // tile.columns), rows, kernels.power(rank))
     assert torch.allclose(made, found.float() @ a.float().t(), rtol=1e-3, atol=1e-3 * float(made.abs().max()))
+    # The same from one joined product, alpha to come; a closed row is as if nothing were added, whatever A x is there.
+    joined = torch.cat([gate[:, 0], up[:, 0], turned], 1)[:, None]
+    alpha = torch.randn(rows, 1, 1, generator=draw).to(device)
+    alpha[0] = 0
+    if dial:
+        joined[0, 0, 2 * width :] = torch.inf
+    cut: list[Parts] = [(joined[..., :width], None, None, 0.5), (joined[..., width : 2 * width], None, None, 2.0)]
+    if dial:
+        thins = joined[:, 0, 2 * width :].split(rank, 1)
+        cut = [(y, thin, b, scale) for (y, *_, scale), thin, b in zip(cut, thins, (b_gate, b_up), strict=True)]
+    by = torch.where(alpha[:, 0] == 0, 0.0, turned.float() * alpha[:, 0]).to(dtype)
+    late: list[Parts] = [(y, by[:, start : start + rank] if dial else None, b, scale) for (y, _, b, scale), start in zip(sides, (0, rank), strict=True)]
+    assert torch.equal(gated.gated(*cut, tile, alpha), gated.gated(*late, tile))
 
 
 @on_card
@@ -750,13 +824,15 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cotvalve.engines import tiles
+    from cotvalve.engines import between_tiles, tiles
 
     whole = {"rows", "width", "tokens", "rank", "out_1", "out_2", "out_3", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "stride_g", "stride_u"}
     whole |= {"length", "dim", "shared", "q_row", "q_head", "token", "head", "stride", "blocks"}
     whole |= {"vocab", "step", "rank_a", "heads", "others", "half", "cos_row", "stride_q", "stride_k", "stride_v", "rank_q", "rank_k", "rank_v"}
     odd = {"tokens", "rank", "rank_1", "rank_2", "rank_3", "rank_g", "rank_u", "shared", "heads", "others", "rank_q", "rank_k", "rank_v"}
     odd |= {"blocks", "rank_a", "stride", "stride_q", "stride_k", "stride_v"}
+    whole |= {"wide", "each", "wide_q", "wide_k", "wide_v"}
+    odd |= {"each"}
 
     def compiled(kernel: Any, constants: dict[str, int], warps: int, stages: int) -> str:
         names = [name for name in kernel.arg_names if name not in constants]
@@ -778,20 +854,20 @@ def test_kernels_compile_for_cards_and_read_widely(capability: int) -> None:
             assert "cp.async" in made  # keys are on their way while the ones before are used
             assert "ld.global.v4" in made
     for tile in gated.TILES:
-        constants = {"RANK": 16, "RANK_A": 16, "EIGHTS": True, "DIAL": True, "AHEAD": False, "ROWS": tile.rows, "COLUMNS": tile.columns}
-        made = compiled(tiles.gated_tile, constants, tile.warps, 3)
+        constants = {"RANK": 16, "RANK_A": 16, "EIGHTS": True, "DIAL": True, "LATE": True, "AHEAD": False, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        made = compiled(tiles.gated_tile, constants | {"LATE": False}, tile.warps, 3)
         assert made.count("ld.global") < 25  # a row of B is one load, not eight
         compiled(tiles.gated_tile, constants | {"AHEAD": True}, tile.warps, 3)
     made = compiled(tiles.branch_tile, {"RANK": 32, "EIGHTS": True, "ROWS": 16, "DEEP": 256, "COLUMNS": branch.COLUMNS}, 4, 3)
     assert made.count("ld.global") < 30
     assert "cp.async" in compiled(tiles.thin_tile, {"RANK": 16, "ROWS": 16, "DEEP": 256, "PARTS": 4}, 4, 3)
-    on = dict.fromkeys(("ADD", "BRANCH", "EIGHTS"), True)
+    on = dict.fromkeys(("ADD", "BRANCH", "EIGHTS", "LATE"), True)
     for columns, warps, blocks in ((1024, 8, 0), (1024, 8, 32), (2048, 16, 0), (2048, 16, 64)):
-        made = compiled(tiles.norm_tile, on | {"RANK": 16, "BLOCKS": blocks, "ROWS": 16, "COLUMNS": columns}, warps, 3)
+        made = compiled(between_tiles.norm_tile, on | {"RANK": 16, "BLOCKS": blocks, "ROWS": 16, "COLUMNS": columns}, warps, 3)
         assert "ld.global.v4" in made
     made = compiled(tiles.draw_tile, {"SAMPLED": True, "BLOCK": draw.BLOCK}, 16, 3)
     assert "ld.global.v4" in made
-    made = compiled(tiles.heads_tile, dict.fromkeys(("DIAL", "PLACED", "EIGHTS"), True) | {"RANK": 16, "ROWS": 32, "HALF": 32}, 4, 3)
+    made = compiled(between_tiles.heads_tile, dict.fromkeys(("DIAL", "LATE", "PLACED", "EIGHTS"), True) | {"RANK": 16, "ROWS": 32, "HALF": 32}, 4, 3)
     assert "ld.global.v4" in made
 
 
@@ -873,6 +949,18 @@ def test_heads_are_those_of_transformers(
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.shape == theirs.shape
         assert torch.allclose(ours, theirs, **loose)
+    # The same cut from one joined product, alpha to come.
+    alpha = torch.randn(rows, 1 if alphas == 1 else tokens, 1, generator=draw).to(device)
+    alpha[0] = 0
+    by = alpha.expand(rows, tokens, 1).reshape(-1, 1)
+    widths = [one.shape[-1] for one in y]
+    joined = torch.cat([*y, *(part[1].view(rows, tokens, -1) for part in parts if part[1] is not None)], -1)
+    cut = joined.split(widths + [part[1].shape[1] for part in parts if part[1] is not None], -1)
+    thins = [one.reshape(-1, joined.shape[-1])[:, 0:0] if part[1] is None else joined.view(rows * tokens, -1)[:, -sum(ranks or ()) :].split(ranks or (), 1)[place]
+             for place, (one, part) in enumerate(zip([joined] * 3, parts, strict=True))]  # fmt: skip
+    apart = [(one, None if t is None else (t.float() * by).to(dtype), b, scale) for one, t, b, scale in parts]
+    together = [(one, None if part[1] is None else thin, *part[2:]) for one, thin, part in zip(cut[:3], thins, parts, strict=True)]
+    assert all(map(torch.equal, between.turned_heads(together, cos, sin, None, tile, alpha), between.turned_heads(apart, cos, sin, None, tile)))
 
 
 @on_card
@@ -905,17 +993,24 @@ def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int) ->
         sums = torch.randn(5, rows, kernels.power(more), generator=draw).to(device)
         sums[:, 0] = torch.inf
         t = torch.where(alpha[:, :, 0] == 0, 0.0, sums.sum(0)[:, :more].to(dtype).float() * alpha[:, :, 0]).to(dtype)
-        found, norm = between.normed(hidden, (y, None, parts[2], 0.5), w, 1e-6, between.Sums(sums, alpha))
+        found, norm = between.normed(hidden, (y, None, parts[2], 0.5), w, 1e-6, sums, alpha)
         assert torch.allclose(found, hidden + (y.float() + 0.5 * (t @ parts[2].t()).float()[:, None]).to(dtype), **loose)
         assert torch.equal(found[0], (hidden + y)[0])
         assert torch.allclose(norm, torch.nn.functional.rms_norm(found, [width], w, 1e-6), **loose)
+        # And cut from one joined product.
+        joined = torch.cat([y, some(rows, 1, more)], -1)
+        joined[0, 0, width:] = torch.inf
+        thin = joined[:, 0, width:]
+        t = torch.where(alpha[:, 0] == 0, 0.0, thin.float() * alpha[:, 0]).to(dtype)
+        ours = between.normed(hidden, (joined[..., :width], thin, parts[2], 0.5), w, 1e-6, None, alpha)
+        assert all(map(torch.equal, ours, between.normed(hidden, (y, t, parts[2], 0.5), w, 1e-6)))
 
 
 @pytest.mark.kernel
 @pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1")
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("ahead", "joining"), [(False, ""), (True, ""), (False, "heads mixed gate down"), (True, "heads gate"), (False, "down")])
 @pytest.mark.parametrize("which", ["all", "attention", "mlp", "k_proj", "none"])
-def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, which: str, ahead: bool) -> None:
+def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, which: str, ahead: bool, joining: str) -> None:
     """The engine with all layers in the kernels' hands, in an interpreter: prompts and steps, any part with a branch; all given back."""
     monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
     kept = {"all": "", "attention": "self_attn", "none": "nothing"}.get(which, which)
@@ -928,7 +1023,8 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
         work()
         if not isinstance(work, partial) or not isinstance(work.func, layers.Layer):
             return own_takes
-        return 1.0 + (work.func.tile != between.TILES[2]) + (work.func.ahead != ahead)
+        joins = sum((joined is not None) != (name in joining) for name, joined in work.func.joins._asdict().items())
+        return 1.0 + (work.func.tile != between.TILES[2]) + (work.func.ahead != ahead) + joins / 10
 
     for module in ("batch", "slots"):
         monkeypatch.setattr(f"cotvalve.engines.{module}.reads_rows", lambda _: True)
@@ -945,6 +1041,7 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
     monkeypatch.setattr(layers, "normed", lambda *given: summed.append(given[4] is not None) or normed(*given))
     monkeypatch.setattr(layers, "turned_heads", lambda *given: seen.append(given[3] is not None) or own(*given))
     own_takes = 1.5 + (ahead and not factors)  # without a dial nothing is made ahead
+    before = {name: parameter.clone() for name, parameter in turned.model.named_parameters()}
     of = engine("transformers", on=turned)
     assert run(of, asked) == expected
     summed.clear()  # of the measurements, which try both ways
@@ -953,6 +1050,11 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
     found = [found for _, _, found in of._faster if isinstance(found, layers.Layer)]
     assert len(found) == turned.model.config.num_hidden_layers
     assert {(one.tile, one.ahead) for one in found} == {(between.TILES[2], ahead and bool(factors))}
+    can = {"all": "heads mixed gate down", "attention": "heads mixed gate", "mlp": "heads gate down", "k_proj": "gate", "none": "heads gate"}[which]
+    (joins,) = {tuple(name for name, joined in one.joins._asdict().items() if joined is not None) for one in found}
+    assert {*joins} == {*joining.split()} & {*can.split()}
+    assert layers.current(of._faster)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in turned.model.named_parameters())
     assert summed.count(True) > 20 if ahead and which in ("all", "mlp") else True not in summed
     assert seen.count(True) > 20
     assert False in seen
@@ -994,7 +1096,7 @@ def test_the_dial_takes_an_engines_own_product_and_gives_it_back(monkeypatch: py
     monkeypatch.setattr(gated, "gated_layers", lambda *_: [])
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
-    monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_, **__: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_draws", lambda _: [])
     assert run(engine("transformers", on=turned), mixture(6)) == expected
@@ -1130,7 +1232,7 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     monkeypatch.setattr(thin, "proves", lambda _: False)
     monkeypatch.setattr("cotvalve.engines.transformers.fused_rotation", lambda _: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_branches", lambda *_, **__: [])
-    monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_: [])
+    monkeypatch.setattr("cotvalve.engines.transformers.faster_layers", lambda *_, **__: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_attention", lambda _: [])
     monkeypatch.setattr("cotvalve.engines.transformers.faster_draws", lambda _: [])
     of = engine("transformers", on=turned)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cotvalve.engines import sampling
+from cotvalve.engines import kernels, sampling
 from cotvalve.engines.sampling import Encoded, uniforms
 from cotvalve.engines.slots import Ends, SlotLayer, Span, Window, reads_rows
 from cotvalve.types import Completion
@@ -175,16 +175,8 @@ class Batch:
             return self.graphs[key].replay()
         # The first step of a shape runs eagerly (it is a real step, and it warms the libraries up); the
         # graph is captured after it, which runs nothing.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._decode(length)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            self._decode(length)
-        self.graphs[key] = graph
+        self.graphs[key] = kernels.captured(lambda: self._decode(length), pool)
 
     def _decode(self, length: int) -> None:
         """One token for the first `rows` slots; rows that have ended stay where they are."""

@@ -95,15 +95,11 @@ class Gated:
 
     def inner(self, x: Tensor) -> Tensor | None:
         """What down_proj reads; None where only the layer's own forward will do."""
-        sides = self._sides(x)
+        sides = self.sides(x)
         return gated(*sides, self.tile) if sides else None
 
-    def ahead(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`inner`, and in parts A of it (see `gated_ahead`)."""
-        sides = self._sides(x)
-        return gated_ahead(*sides, self.tile, a) if sides else None
-
-    def _sides(self, x: Tensor) -> tuple[Parts, Parts] | None:
+    def sides(self, x: Tensor) -> tuple[Parts, Parts] | None:
+        """The parts of gate and up; None where only the layer's own forward will do."""
         if torch.is_grad_enabled():
             return None
         gate, up = _sides(self.module, self.dial, x)
@@ -121,24 +117,26 @@ def side(layer: nn.Module, dial: Dial | None, x: Tensor) -> Parts | None:
     return dial.parts(layer, x) if dial is not None else None
 
 
-def gated(gate: Parts, up: Parts, tile: Tile = TILES[0]) -> Tensor:
-    """silu(W_g x + s_g B_g t_g) * (W_u x + s_u B_u t_u), rounded to the tensors' dtype where PyTorch would."""
-    return _gated_by(gate, up, tile, None)[0]
+def gated(gate: Parts, up: Parts, tile: Tile = TILES[0], alpha: Tensor | None = None) -> Tensor:
+    """silu(W_g x + s_g B_g t_g) * (W_u x + s_u B_u t_u), rounded to the tensors' dtype where PyTorch would. With `alpha`
+    (one for all, per row or per token) t is still to be multiplied by that."""
+    return _gated_by(gate, up, tile, alpha, None)[0]
 
 
-def gated_ahead(gate: Parts, up: Parts, tile: Tile, a: Tensor) -> tuple[Tensor, Tensor]:
+def gated_ahead(gate: Parts, up: Parts, tile: Tile, alpha: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
     """`gated` and A of it, A [r, width] of the layer that reads it: in parts to be summed up, fp32 [blocks of columns, rows, 16 or more]."""
-    out, sums = _gated_by(gate, up, tile, a)
+    out, sums = _gated_by(gate, up, tile, alpha, a)
     assert sums is not None
     return out, sums
 
 
-def _gated_by(gate: Parts, up: Parts, tile: Tile, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _gated_by(gate: Parts, up: Parts, tile: Tile, alpha: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
     from cotvalve.engines.tiles import gated_tile
 
-    y, width = gate[0], gate[0].shape[-1]
-    rows = y.numel() // width
-    out = torch.empty_like(y)
+    y, u, width = kernels.by_rows(gate[0]), kernels.by_rows(up[0]), gate[0].shape[-1]
+    rows = len(y)
+    assert y.stride() == u.stride()
+    out = y.new_empty(gate[0].shape)
     blocks, rank_a = -(-width // tile.columns), 0 if a is None else len(a)
     sums = None if a is None else torch.empty(blocks, rows, kernels.power(rank_a), dtype=torch.float32, device=y.device)
     # Where the valve is closed nothing is read of the branches; the kernel wants some tensor for each.
@@ -146,11 +144,12 @@ def _gated_by(gate: Parts, up: Parts, tile: Tile, a: Tensor | None) -> tuple[Ten
     dial = gate[1] is not None
     ranks = [b.shape[1] if dial else 1 for b in (b_g, b_u)]
     strides = [turned_g.stride(0), turned_u.stride(0)]
+    by, tokens, late = kernels.turns(alpha, y, rows)
     tiles: Any = gated_tile
     tiles[-(-rows // tile.rows), blocks](
-        y, up[0], turned_g, b_g, turned_u, b_u, out, y if a is None else a.contiguous(), y if sums is None else sums,
-        rows, width, *strides, gate[3], up[3], *ranks, rank_a, RANK=kernels.power(max(ranks)), RANK_A=kernels.power(rank_a),
-        EIGHTS=not any(number % 8 for number in (*ranks, *strides)), DIAL=dial, AHEAD=a is not None, ROWS=tile.rows, COLUMNS=tile.columns,
+        y, u, turned_g, b_g, turned_u, b_u, by, out, y if a is None else a.contiguous(), y if sums is None else sums,
+        rows, width, y.stride(0), tokens, *strides, gate[3], up[3], *ranks, rank_a, RANK=kernels.power(max(ranks)), RANK_A=kernels.power(rank_a),
+        EIGHTS=not any(number % 8 for number in (*ranks, *strides)), DIAL=dial, LATE=late and dial, AHEAD=a is not None, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.warps,
     )  # fmt: skip
     return out, sums

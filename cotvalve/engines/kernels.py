@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from subprocess import SubprocessError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ def power(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length()) if number else 16
 
 
+def by_rows(y: Tensor) -> Tensor:
+    """y [..., W] as [rows, W] whose rows may lie apart, as those cut from a wider product do."""
+    return (y if y.stride(-1) == 1 else y.contiguous()).view(-1, y.shape[-1])
+
+
+def turns(alpha: Tensor | None, like: Tensor, rows: int) -> tuple[Tensor, int, bool]:
+    """alpha as kernels read it, how many rows share one, and whether it is still to be multiplied in."""
+    return (like, 1, False) if alpha is None else (flat := alpha.reshape(-1).contiguous(), rows // flat.numel(), True)
+
+
 def seconds(work: Callable[[], object], times: int = 8) -> float:
     """Of one call of `work`, as a graph replays it: without what the processor takes to start kernels. The best of five."""
     work()  # compiles
@@ -39,6 +50,32 @@ def seconds(work: Callable[[], object], times: int = 8) -> float:
         end.synchronize()
         found.append(begin.elapsed_time(end) / times / 1e3)
     return min(found)
+
+
+@cache
+def _aside(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all graphs: libraries keep working memory for each stream
+
+
+def captured(work: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Does `work` once and captures it as a graph, which does nothing more; both while the card is still at what came before.
+
+    `torch.cuda.graph` waits for the card first and gives its unused memory back, which the next prompts ask for again.
+    """
+    free, idle = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if free < idle:
+        torch.cuda.empty_cache()
+    graph, stream, before = torch.cuda.CUDAGraph(), _aside(torch.cuda.current_device()), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        work()
+        graph.capture_begin(pool=pool)
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    before.wait_stream(stream)
+    return graph
 
 
 def beside(stream: torch.cuda.Stream, here: Callable[[], Tensor], there: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

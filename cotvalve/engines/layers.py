@@ -5,11 +5,11 @@ Only for layers that prove to be that formula, and are faster so, on NVIDIA card
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cotvalve.engines import kernels, slots
-from cotvalve.engines.between import TILES, WIDEST, Sums, Tile, normed, turned_heads
-from cotvalve.engines.gated import Gated, side
+from cotvalve.engines.between import TILES, WIDEST, Tile, normed, turned_heads
+from cotvalve.engines.gated import Gated, gated, gated_ahead, side
+from cotvalve.engines.joined import Joined, Sides, join
 from cotvalve.engines.replaced import Replacement
 from cotvalve.inlets import Parts
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from cotvalve.valve import Dial
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+GROUPS = (("self_attn", ATTENTION[:3]), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
+"""Layers that read the same input."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 MANY = 2048
 """Rows of the measurement: a full batch."""
@@ -57,6 +60,18 @@ class Stream:
         return norm
 
 
+class Joins(NamedTuple):
+    """What is one product, of queries, keys and values, of O, of gate and up, of down_proj; None where they are made apart."""
+
+    heads: Joined | None = None
+    mixed: Joined | None = None
+    gate: Joined | None = None
+    down: Joined | None = None
+
+
+APART = Joins()
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """In place of a decoder layer's forward."""
@@ -71,6 +86,7 @@ class Layer:
     tile: Tile = TILES[0]
     ahead: bool = False
     """Whether A x of down_proj is made where its x is, and summed up with what reads it."""
+    joins: Joins = APART
 
     def __call__(self, hidden: Tensor, *more: Any, **named: Any) -> Tensor:
         """See the layer."""
@@ -80,39 +96,50 @@ class Layer:
             return self.general(hidden, *more, **named)
         if norm is None:
             norm = _norm(hidden, None, None, layer.input_layernorm)[1]
-        parts = [part for name in ATTENTION[:3] if (part := side(getattr(attend, name), self.dial, norm)) is not None]
-        if len(parts) < 3:
+        heads = self._sides(self.joins.heads, [getattr(attend, name) for name in ATTENTION[:3]], norm)
+        if heads is None:
             return self.general(hidden, **named)
-        if len({part[1] is None for part in parts}) > 1:  # a direction of some of them
-            parts = [_added(part) for part in parts]
-        mixed = self._attend(parts, **named)
-        hidden, norm = _norm(hidden, self._parts(attend.o_proj, mixed), None, layer.post_attention_layernorm)
+        if len({part[1] is None for part in heads.parts}) > 1:  # a direction of some of them
+            heads = Sides([_added(part) for part in heads.parts])
+        mixed = self._attend(heads, **named)
+        hidden, norm = _norm(hidden, self._one(self.joins.mixed, attend.o_proj, mixed), None, layer.post_attention_layernorm)
         return self.stream.put(*_norm(hidden, *self._last(mlp, norm), self.after))
 
-    def _parts(self, layer: nn.Module, x: Tensor) -> Parts:
-        return side(layer, self.dial, x) or (layer(x), None, None, 0.0)
+    def _sides(self, joined: Joined | None, layers: Sequence[nn.Module], x: Tensor) -> Sides | None:
+        """The parts of their outputs; None where one of them cannot be told apart."""
+        if joined is not None and (found := joined.sides(self.dial, x)) is not None:
+            return found
+        parts = [part for layer in layers if (part := side(layer, self.dial, x)) is not None]
+        return Sides(parts) if len(parts) == len(layers) else None
 
-    def _last(self, mlp: Any, norm: Tensor) -> tuple[Parts, Sums | None]:
-        """The parts of down_proj's product."""
-        gated = vars(mlp).get("forward")
-        if not isinstance(gated, Gated):
-            return (mlp(norm), None, None, 0.0), None
+    def _one(self, joined: Joined | None, layer: nn.Module, x: Tensor) -> Sides:
+        return self._sides(joined, [layer], x) or Sides([(layer(x), None, None, 0.0)])
+
+    def _last(self, mlp: Any, norm: Tensor) -> tuple[Sides, Tensor | None]:
+        """The parts of down_proj's product; and A x of it, where that is in parts to be summed up."""
+        inside = vars(mlp).get("forward")
+        if not isinstance(inside, Gated):
+            return Sides([(mlp(norm), None, None, 0.0)]), None
+        sides = None if self.joins.gate is None else self.joins.gate.sides(self.dial, norm)
+        if sides is None:
+            if (apart := inside.sides(norm)) is None:
+                return Sides([(mlp(norm), None, None, 0.0)]), None
+            sides = Sides([*apart])
+        gate, up = sides.parts
         if self.ahead and self.dial is not None and self.dial.alpha is not None and (found := self.dial.inlets.factors(mlp.down_proj, norm)):
             a, b, scale = found
-            if made := gated.ahead(norm, a):
-                inner, sums = made
-                return (mlp.down_proj.base_layer(inner), None, b, scale), Sums(sums, self.dial.shaped(norm))
-        inner = gated.inner(norm)
-        return (self._parts(mlp.down_proj, inner) if inner is not None else (mlp(norm), None, None, 0.0)), None
+            inner, sums = gated_ahead(gate, up, inside.tile, sides.alpha, a)
+            return Sides([(mlp.down_proj.base_layer(inner), None, b, scale)], self.dial.shaped(norm)), sums
+        return self._one(self.joins.down, mlp.down_proj, gated(gate, up, inside.tile, sides.alpha)), None
 
-    def _attend(self, parts: Sequence[Parts], **named: Any) -> Tensor:
+    def _attend(self, heads: Sides, **named: Any) -> Tensor:
         attend = self.layer.self_attn
         angles, mask, cache = (named.pop(name, None) for name in ("position_embeddings", "attention_mask", "past_key_values"))
-        rows, tokens = parts[0][0].shape[:2]
+        rows, tokens = heads.parts[0][0].shape[:2]
         slot = None if cache is None or tokens > 1 else cache.layers[attend.layer_idx]
         placed = slot.placed() if isinstance(slot, slots.SlotLayer) else None
         cos, sin = angles
-        query, key, value = turned_heads(parts, cos, sin, placed, self.tile)
+        query, key, value = turned_heads(heads.parts, cos, sin, placed, self.tile, heads.alpha)
         query = query.transpose(1, 2)
         if placed is not None:
             key, value = slot.keys, slot.values  # pyright: ignore[reportOptionalMemberAccess]
@@ -130,12 +157,16 @@ def _added(part: Parts) -> Parts:
     return y, None, None, 0.0
 
 
-def _norm(hidden: Tensor, more: Parts | None, sums: Sums | None, norm: Any) -> tuple[Tensor, Tensor]:
-    return normed(hidden, more, norm.weight, norm.variance_epsilon, sums)
+def _norm(hidden: Tensor, more: Sides | None, sums: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    part, alpha = (None, None) if more is None else (more.parts[0], more.alpha)
+    return normed(hidden, part, norm.weight, norm.variance_epsilon, sums, alpha)
 
 
-def faster_layers(model: PreTrainedModel, dial: Dial | None) -> Iterator[Replacement]:
-    """All layers, and the norm behind the last one, if each proves to be that formula and the first one is faster so."""
+def faster_layers(model: PreTrainedModel, dial: Dial | None, *, joining: bool = True) -> Iterator[Replacement]:
+    """All layers, and the norm behind the last one, if each proves to be that formula and the first one is faster so.
+
+    With `joining` products of one input are joined where that is faster: the model's weights become views of the joined ones.
+    """
     decoder: Any = model.get_decoder()
     layers: list[Any] = list(getattr(decoder, "layers", []))
     last: Any = getattr(decoder, "norm", None)
@@ -153,10 +184,10 @@ def faster_layers(model: PreTrainedModel, dial: Dial | None) -> Iterator[Replace
         if not all(_right(one, model, 3, 5) for one in made):
             return
         with at(MANY):
-            best = _fastest(made[0], model)
+            best = _fastest(made[0], model, joining)
         if best is None:
             return
-        made = [replace(one, tile=best.tile, ahead=best.ahead) for one in made]
+        made = [replace(one, tile=best.tile, ahead=best.ahead, joins=_joins(one, best.joins)) for one in made]
         with at(3):
             if not all(_right(one, model, 3, 5) for one in made):
                 return
@@ -174,7 +205,27 @@ def _alike(layer: Any) -> bool:
     return parts == {"self_attn", "mlp", *NORMS} and own == {*ATTENTION} and norms and "forward" not in vars(layer) and layer.self_attn.head_dim % 2 == 0
 
 
-def _fastest(one: Layer, model: PreTrainedModel) -> Layer | None:
+def _joins(one: Layer, like: Joins) -> Joins:
+    """The layer's products joined where those of `like` are, for good."""
+    joins = Joins(*(None if other is None else join(_group(one, place), one.dial) for place, other in enumerate(like)))
+    for joined in joins:
+        if joined is not None and not joined.attached:
+            joined.attach()
+    return joins
+
+
+def _group(one: Layer, place: int) -> list[nn.Module]:
+    part, names = GROUPS[place]
+    return [getattr(getattr(one.layer, part), name) for name in names]
+
+
+def current(found: Iterable[Replacement]) -> bool:
+    """Whether the model still has the weights that layers were joined from."""
+    joins = [joined for _, _, one in found if isinstance(one, Layer) for joined in one.joins if joined is not None]
+    return all(joined.attached for joined in joins)
+
+
+def _fastest(one: Layer, model: PreTrainedModel, joining: bool) -> Layer | None:
     """The layer in the cut that is fastest; None where its own forward is."""
     hidden, named = _sample(one, model, MANY, 1)
 
@@ -183,8 +234,14 @@ def _fastest(one: Layer, model: PreTrainedModel) -> Layer | None:
 
     best = min((replace(one, tile=tile) for tile in TILES), key=seconds)
     best = min((replace(best, ahead=ahead) for ahead in ((False, True) if one.dial else (False,))), key=seconds)
+    least = seconds(best)
+    for place, name in enumerate(Joins._fields if joining else ()):
+        if (joined := join(_group(one, place), one.dial)) is not None:
+            other = replace(best, joins=best.joins._replace(**{name: joined}), ahead=best.ahead and name != "down")
+            if (took := seconds(other)) < least:
+                best, least = other, took
     own = kernels.seconds(lambda: one.after(one.general(hidden, **named)))
-    return best if seconds(best) < own else None
+    return best if least < own else None
 
 
 def _sample(one: Layer, model: PreTrainedModel, rows: int, tokens: int) -> tuple[Tensor, dict[str, Any]]:

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""The kernels of `gated.py`, `thin.py`, `branch.py`, `rotation.py`, `attend.py`, `draw.py` and `between.py`, apart because Triton is not everywhere."""
+"""The kernels of `gated.py`, `thin.py`, `branch.py`, `rotation.py`, `attend.py` and `draw.py`, apart because Triton is not everywhere."""
 
 import triton
 import triton.language as tl
@@ -7,20 +7,22 @@ import triton.language as tl
 
 @triton.jit
 def gated_tile(
-    gate, up, turned_g, b_g, turned_u, b_u, out, a, sums, rows, width, stride_g, stride_u, scale_g, scale_u, rank_g, rank_u, rank_a,
-    RANK: tl.constexpr, RANK_A: tl.constexpr, EIGHTS: tl.constexpr, DIAL: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gate, up, turned_g, b_g, turned_u, b_u, alpha, out, a, sums, rows, width, wide, tokens, stride_g, stride_u, scale_g, scale_u, rank_g, rank_u, rank_a,
+    RANK: tl.constexpr, RANK_A: tl.constexpr, EIGHTS: tl.constexpr, DIAL: tl.constexpr, LATE: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """silu(gate + scale_g B_g turned_g) * (up + scale_u B_u turned_u) for one tile of `out` [rows, width].
 
-    gate, up and out lie row by row; turned is [rows, rank] with its own stride, B [width, rank]. RANK is a power of 2,
-    16 or more, that no rank exceeds; EIGHTS says that ranks and strides of turned are multiples of 8, so that a row
-    of B is read at once. Sums are fp32 and rounded where PyTorch's separate operations round. With AHEAD the tile's part
-    of A out goes to sums [blocks of columns, rows, RANK_A], fp32; A is [rank_a, width].
+    Rows of gate and up begin `wide` numbers apart; turned is [rows, rank] with its own stride, B [width, rank]. RANK is a
+    power of 2, 16 or more, that no rank exceeds; EIGHTS says that ranks and strides of turned are multiples of 8, so that
+    a row of B is read at once. With LATE turned is A x, to be multiplied by alpha, one number for `tokens` rows each. Sums
+    are fp32 and rounded where PyTorch's separate operations round. With AHEAD the tile's part of A out goes to sums
+    [blocks of columns, rows, RANK_A], fp32; A is [rank_a, width].
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (i < rows)[:, None] & (j < width)[None, :]
-    places = i[:, None] * width + j[None, :]
+    places = i[:, None] * wide + j[None, :]
     g = tl.load(gate + places, mask=inside, other=0.0)
     u = tl.load(up + places, mask=inside, other=0.0)
     kind = g.dtype
@@ -30,15 +32,17 @@ def gated_tile(
             stride_g, stride_u = stride_g // 8 * 8, stride_u // 8 * 8
         k = tl.arange(0, RANK)
         t = tl.load(turned_g + i[:, None] * stride_g + k[None, :], mask=(i < rows)[:, None] & (k < rank_g)[None, :], other=0.0)
+        t = late(t, alpha, i, rows, tokens) if LATE else t
         b = tl.load(b_g + j[None, :] * rank_g + k[:, None], mask=(j < width)[None, :] & (k < rank_g)[:, None], other=0.0)
         g = (g.to(tl.float32) + scale_g * tl.dot(t, b)).to(kind)
         t = tl.load(turned_u + i[:, None] * stride_u + k[None, :], mask=(i < rows)[:, None] & (k < rank_u)[None, :], other=0.0)
+        t = late(t, alpha, i, rows, tokens) if LATE else t
         b = tl.load(b_u + j[None, :] * rank_u + k[:, None], mask=(j < width)[None, :] & (k < rank_u)[:, None], other=0.0)
         u = (u.to(tl.float32) + scale_u * tl.dot(t, b)).to(kind)
     x = g.to(tl.float32)
     active = (x / (1.0 + tl.exp(-x))).to(kind)
     value = (active.to(tl.float32) * u.to(tl.float32)).to(kind)
-    tl.store(out + places, value, mask=inside)
+    tl.store(out + i[:, None] * width + j[None, :], value, mask=inside)
     if AHEAD:  # in four parts of the columns, which the warps share
         r = tl.arange(0, RANK_A)
         c = tl.reshape(j, (4, COLUMNS // 4))
@@ -79,9 +83,14 @@ def turn(x, a, alpha, i, r, rows, width, tokens, rank, ROWS: tl.constexpr, RANK:
             right = tl.load(a + r[None, None, :] * width + k[:, :, None], mask=(r < rank)[None, None, :] & (k < width)[:, :, None], other=0.0)
             total = tl.dot(left, right, total)
         whole = tl.sum(total, 0)
-    kind = x.dtype.element_ty
+    return late(whole.to(x.dtype.element_ty), alpha, i, rows, tokens)
+
+
+@triton.jit
+def late(t, alpha, i, rows, tokens):
+    """alpha * t of the rows i, rounded; 0 where alpha is, whatever t is there."""
     by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
-    return tl.where(by == 0.0, 0.0, whole.to(kind).to(tl.float32) * by).to(kind)
+    return tl.where(by == 0.0, 0.0, t.to(tl.float32) * by).to(t.dtype)
 
 
 @triton.jit
@@ -192,112 +201,6 @@ def attend_tile(
         most = higher
     to = out + (row * tl.num_programs(1) * shared + heads)[:, None] * dim + d[None, :]
     tl.store(to, (total / weight[:, None]).to(query.dtype), mask=mine)
-
-
-@triton.jit
-def norm_tile(
-    h, y, turned, b, w, alpha, out, x, rows, width, stride, rank, blocks, tokens, scale, eps,
-    ADD: tl.constexpr, BRANCH: tl.constexpr, EIGHTS: tl.constexpr, RANK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """out = h + (y + scale B turned) and x, its RMS norm times w: ROWS rows of [rows, width], which COLUMNS hold.
-
-    Without ADD there is no y and no out, without BRANCH no B. With BLOCKS (a power of 2, no fewer than `blocks`) turned
-    is in parts, fp32 [blocks, rows, RANK], and alpha still to come. Rounded where separate operations round.
-    """
-    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    j = tl.arange(0, COLUMNS)
-    inside = (i < rows)[:, None] & (j < width)[None, :]
-    at = i[:, None] * width + j[None, :]
-    value = tl.load(h + at, mask=inside, other=0.0)
-    kind = value.dtype
-    if ADD:
-        more = tl.load(y + at, mask=inside, other=0.0)
-        if BRANCH:
-            k = tl.arange(0, RANK)
-            if EIGHTS:
-                rank, stride = rank // 8 * 8, stride // 8 * 8
-            if BLOCKS:
-                p = tl.arange(0, BLOCKS)
-                parts = turned + (p[:, None, None] * rows + i[None, :, None]) * RANK + k[None, None, :]
-                whole = tl.sum(tl.load(parts, mask=(p < blocks)[:, None, None] & (i < rows)[None, :, None], other=0.0), 0)
-                by = tl.load(alpha + i // tokens, mask=i < rows, other=0.0)[:, None]
-                t = tl.where(by == 0.0, 0.0, whole.to(kind).to(tl.float32) * by).to(kind)
-            else:
-                t = tl.load(turned + i[:, None] * stride + k[None, :], mask=(i < rows)[:, None] & (k < rank)[None, :], other=0.0)
-            more = branched(more, t, b, j, width, rank, scale, RANK)
-        value = (value.to(tl.float32) + more.to(tl.float32)).to(kind)
-        tl.store(out + at, value, mask=inside)
-    wide = value.to(tl.float32)
-    shrink = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
-    weight = tl.load(w + j, mask=j < width, other=0.0).to(tl.float32)
-    tl.store(x + at, (wide * shrink[:, None] * weight[None, :]).to(kind), mask=inside)
-
-
-@triton.jit
-def branched(y, t, b, j, width, rank, scale, RANK: tl.constexpr):
-    """y + scale B t for columns j of y: t is [rows, RANK], B [width, rank]."""
-    k = tl.arange(0, RANK)
-    up = tl.load(b + j[None, :] * rank + k[:, None], mask=(j < width)[None, :] & (k < rank)[:, None], other=0.0)
-    return (y.to(tl.float32) + scale * tl.dot(t, up)).to(y.dtype)
-
-
-@triton.jit
-def heads_tile(
-    q, k, v, turned_q, turned_k, turned_v, b_q, b_k, b_v, cos, sin, position, out_q, out_k, out_v,
-    rows, tokens, heads, others, half, cos_row, stride_q, stride_k, stride_v, rank_q, rank_k, rank_v, scale_q, scale_k, scale_v,
-    DIAL: tl.constexpr, PLACED: tl.constexpr, EIGHTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """One head of q, k or v for ROWS tokens: its branch added, q and k turned by their positions, k and v put where `position` says.
-
-    q, k, v are [rows, heads, 2 * half], row by row in memory; cos and sin [rows / tokens or 1, tokens, 2 * half].
-    """
-    i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    if EIGHTS:
-        rank_q, rank_k, rank_v = rank_q // 8 * 8, rank_k // 8 * 8, rank_v // 8 * 8
-        stride_q, stride_k, stride_v = stride_q // 8 * 8, stride_k // 8 * 8, stride_v // 8 * 8
-    to = tl.load(position + i, mask=i < rows, other=0) if PLACED else i
-    angle = (i // tokens) * cos_row + i % tokens * 2 * half
-    head = tl.program_id(1)
-    if head < heads:
-        one_head(q, turned_q, b_q, cos, sin, out_q, i, i, angle, head, heads, rows, half, stride_q, rank_q, scale_q, True, DIAL, RANK, HALF)
-    elif head < heads + others:
-        head -= heads
-        one_head(k, turned_k, b_k, cos, sin, out_k, i, to, angle, head, others, rows, half, stride_k, rank_k, scale_k, True, DIAL, RANK, HALF)
-    else:
-        head -= heads + others
-        one_head(v, turned_v, b_v, cos, sin, out_v, i, to, angle, head, others, rows, half, stride_v, rank_v, scale_v, False, DIAL, RANK, HALF)
-
-
-@triton.jit
-def one_head(
-    y, turned, b, cos, sin, out, i, to, angle, head, heads, rows, half, stride, rank, scale,
-    TURN: tl.constexpr, DIAL: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    d = tl.arange(0, HALF)
-    inside = (i < rows)[:, None] & (d < half)[None, :]
-    at = y + (i[:, None] * heads + head) * 2 * half + d[None, :]
-    low, high = tl.load(at, mask=inside, other=0.0), tl.load(at + half, mask=inside, other=0.0)
-    kind = low.dtype
-    if DIAL:
-        k = tl.arange(0, RANK)
-        t = tl.load(turned + i[:, None] * stride + k[None, :], mask=(i < rows)[:, None] & (k < rank)[None, :], other=0.0)
-        own = b + head * 2 * half * rank
-        low, high = branched(low, t, own, d, half, rank, scale, RANK), branched(high, t, own + half * rank, d, half, rank, scale, RANK)
-    if TURN:
-        turns = angle[:, None] + d[None, :]
-        c1, c2 = tl.load(cos + turns, mask=inside, other=0.0), tl.load(cos + turns + half, mask=inside, other=0.0)
-        s1, s2 = tl.load(sin + turns, mask=inside, other=0.0), tl.load(sin + turns + half, mask=inside, other=0.0)
-        low, high = rotate(low, high, c1, s1), rotate(high, -low, c2, s2)
-    place = out + (to[:, None] * heads + head) * 2 * half + d[None, :]
-    tl.store(place, low.to(kind), mask=inside)
-    tl.store(place + half, high.to(kind), mask=inside)
-
-
-@triton.jit
-def rotate(x, beside, cos, sin):
-    """x cos - beside sin, rounded where PyTorch's two products and their sum are."""
-    one, two = x.to(tl.float32) * cos.to(tl.float32), beside.to(tl.float32) * sin.to(tl.float32)
-    return (one.to(x.dtype).to(tl.float32) - two.to(x.dtype).to(tl.float32)).to(x.dtype)
 
 
 @triton.jit

@@ -26,13 +26,14 @@ from cotvalve.engines.attend import faster_attention
 from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.branch import faster_branches
 from cotvalve.engines.draw import faster_draws
-from cotvalve.engines.layers import faster_layers
+from cotvalve.engines.layers import current, faster_layers
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.replaced import Replacement, replaced
 from cotvalve.engines.rotation import fused_rotation
 from cotvalve.engines.sampling import Codec, Encoded
 from cotvalve.engines.slots import ATTENTION
 from cotvalve.errors import EngineError
+from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion, Progress, Request, silent
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class TransformersEngine:
         before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(ATTENTION)
         try:
-            if self._faster is None:
+            if self._faster is None or not current(self._faster):
                 self._faster = self._find_faster()
             with replaced(self._faster):
                 yield
@@ -159,7 +160,7 @@ class TransformersEngine:
             faster(lambda: gated.gated_layers(model, dial))
             faster(lambda: fused_rotation(model))
             faster(lambda: faster_attention(model))
-            whole = faster(lambda: faster_layers(model, dial)) > 0
+            whole = faster(lambda: faster_layers(model, dial, joining=not isinstance(self.valve.direction, TaskVector))) > 0
             if dial is not None:
                 faster(lambda: faster_branches(dial, alone=not whole))
             faster(lambda: faster_draws(model))
