@@ -34,7 +34,7 @@ class Batch:
         self, engine: TransformersEngine, waiting: list[Encoded], slots: int, alpha: float, context: int | None = None
     ) -> None:
         """`context` cache positions per slot; None: as many as `waiting` needs."""
-        self.valve, self.graphs_on = engine.valve, engine.graphs
+        self.engine, self.valve, self.graphs_on = engine, engine.valve, engine.graphs
         self.codec = engine._codec  # pyright: ignore[reportPrivateUsage]  its own engine's
         self.model = engine.valve.model
         self.device = self.model.device
@@ -175,8 +175,7 @@ class Batch:
             return self.graphs[key].replay()
         # The first step of a shape runs eagerly (it is a real step, and it warms the libraries up); the
         # graph is captured after it, which runs nothing.
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        self.graphs[key] = kernels.captured(lambda: self._decode(length), pool)
+        self.graphs[key] = self.engine.last = kernels.captured(lambda: self._decode(length), self.engine.last)
 
     def _decode(self, length: int) -> None:
         """One token for the first `rows` slots; rows that have ended stay where they are."""

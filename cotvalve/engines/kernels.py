@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from subprocess import SubprocessError
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +56,11 @@ def _aside(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # one for all graphs: libraries keep working memory for each stream
 
 
-def captured(work: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
+def captured(work: Callable[[], object], last: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
     """Does `work` once and captures it as a graph, which does nothing more; both while the card is still at what came before.
 
-    `torch.cuda.graph` waits for the card first and gives its unused memory back, which the next prompts ask for again.
+    `torch.cuda.graph` waits for the card first and gives its unused memory back, which the next prompts ask for again. What
+    lies between two steps shares the memory of the `last` graph, so nothing of it may be wanted when this one is replayed.
     """
     free, idle = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if free < idle:
@@ -69,7 +69,7 @@ def captured(work: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGra
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         work()
-        graph.capture_begin(pool=pool)
+        graph.capture_begin(pool=None if last is None else last.pool())
         try:
             work()
         finally:

@@ -70,6 +70,8 @@ class TransformersEngine:
         self.graphs = cuda if graphs is None else graphs and cuda
         self._codec = Codec(valve.model, valve.tokenizer)
         self._faster: list[Replacement] | None = None
+        self.last: torch.cuda.CUDAGraph | None = None
+        """The graph captured last: the next one takes over its memory."""
 
     def facts(self) -> dict[str, str]:
         """See `Engine.facts`."""
@@ -122,7 +124,7 @@ class TransformersEngine:
                     if slots == 1:
                         raise EngineError("out of memory with a single chain at a time; lower max_new_tokens")
                     slots = max(1, slots // 2)
-                    batch = None
+                    batch = self.last = None
                     torch.cuda.empty_cache()
                     progress("sample", done, total, f"out of memory: going on with {slots} slots")
 
