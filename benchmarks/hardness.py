@@ -50,11 +50,13 @@ def among(here: Measured, ids: set[str]) -> Measured:
 
 
 def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: Sequence[float], draws: int, data_dir: str | None) -> str:
-    """One table for each data set that has solutions."""
+    """One table for each data set that has solutions; a system may have been measured on some of them only."""
     parts: list[str] = []
-    for (name, dataset, held), here in read(folders).items():
-        if name != table or held:
-            continue
+    tests = {dataset: here for (name, dataset, held), here in read(folders).items() if name == table and not held}
+    known = list(dict.fromkeys(system for here in tests.values() for system in here.systems))
+    if tests and (missing := [system for system in systems if system not in known]):
+        raise DataError(f"there is no '{missing[0]}' in table {table}; it has {', '.join(known)}")
+    for dataset, here in tests.items():
         problems = load(dataset, split="test", data_dir=data_dir)
         if not any(problem.solution for problem in problems):
             continue
@@ -64,7 +66,7 @@ def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: 
             lines.append(line(label, PLAIN, None, some, dataset, draws))
             for system in systems:
                 if system not in some.systems:
-                    raise DataError(f"there is no '{system}' in table {table}; it has {', '.join(some.systems)}")
+                    continue
                 lines += [line(label, system, alpha, some, dataset, draws, PLAIN) for alpha in alphas if alpha in some.systems[system]]
         parts.append(f"{dataset}, {len(problems):,} questions in thirds:\n\n{lines_table(lines, PLAIN)}")
     if not parts:

@@ -80,6 +80,14 @@ def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, mo
     assert [line[3].split()[0] for line in lines] == ["100.0", "100.0", "0.0"]
     assert [line[6].split()[0] for line in lines] == ["0.0", "0.0", f"{MINUS}100.0"]
     assert all(line[7].startswith("2.00") for line in lines)
+    # A system that one data set does not have is told for the others.
+    other = tmp_path / "0" / "main-math500"
+    other.mkdir()
+    write_parquet(other / "rows.parquet", [{**row, "dataset": "math500"} for row in rows if row["system"] == PLAIN])
+    write_json(other / "run.json", {"verb": "sweep", "settings": {"split": "test", "model": "m"}, "facts": {"billions": "1"}})
+    both = hardness.tables([tmp_path / "0"], "main", ["V"], [1.0], 99, None)
+    assert both.count("| V") == 3
+    assert both.count("| plain model") == 6
     with pytest.raises(DataError, match="no 'W' in table main; it has"):
         hardness.tables([tmp_path / "0"], "main", ["W"], [1.0], 99, None)
     with pytest.raises(DataError, match="no sweep of table 'other'"):
