@@ -146,7 +146,9 @@ def sample_rows(run: Run, engine: "Engine", asked: Mapping[str, Asked], progress
                 of[key] = by_id[request.id.rsplit("|", 2)[0]]
     if todo:
         run.note(engine.facts())
-    for completion in engine.generate(todo, progress):
+    for number, completion in enumerate(engine.generate(todo, progress)):
+        if not number:
+            run.note(engine.facts())  # what is known only once it runs
         run.rows.add(completion.id, row(of[completion.id], completion, int(completion.id.rpartition("|")[2])))
     return {prefix: run.rows.rows(prefix) for prefix in asked}
 

@@ -691,6 +691,14 @@ def test_layers_of_one_input_are_one_product(make: Any, tmp_path: Path) -> None:
         assert found.attached
         assert joined.join(group, dial) is found
         kept.append(found)
+        own, values = group[0].base_layer, [parameter.clone() for parameter in group[0].base_layer.parameters()]
+        with torch.no_grad():
+            for parameter in own.parameters():
+                parameter.add_(0.1)
+        check(found, group)
+        with torch.no_grad():
+            for parameter, value in zip(own.parameters(), values, strict=True):
+                parameter.copy_(value)
         check(found, group)
         for other in both[::-1]:
             assert turned.turn_to(other)
@@ -1054,6 +1062,9 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
     (joins,) = {tuple(name for name, joined in one.joins._asdict().items() if joined is not None) for one in found}
     assert {*joins} == {*joining.split()} & {*can.split()}
     assert layers.current(of._faster)
+    told = of.facts()["kernels"].split(", ")
+    assert ("one product for gate and up" in told) == ("gate" in joins)
+    assert {"whole layers", "gated layers", "rotation"} <= {*told}
     assert all(torch.equal(parameter, before[name]) for name, parameter in turned.model.named_parameters())
     assert summed.count(True) > 20 if ahead and which in ("all", "mlp") else True not in summed
     assert seen.count(True) > 20

@@ -50,10 +50,13 @@ class Joined:
     """Rows of each A."""
 
     def attach(self) -> None:
-        """Makes the layers' weights views of the matrix, and has it follow their A."""
+        """Makes the layers' weights and biases views of the joined ones, and has the matrix follow their A."""
         with torch.inference_mode(False), torch.no_grad():
             for layer, rows in zip(self.layers, self.wide, strict=True):
-                weight(_base(layer)).data = self.matrix[rows]
+                base = _base(layer)
+                weight(base).data = self.matrix[rows]
+                if base.bias is not None and self.bias is not None:
+                    base.bias.data = self.bias[rows]
             if self.inlet is not None:
                 self.inlet.copies = [self.matrix[rows] for rows in self.thin]
                 self.inlet.read()

@@ -70,6 +70,8 @@ class Joins(NamedTuple):
 
 
 APART = Joins()
+JOINT = {"heads": "q, k and v", "mixed": "o and its A x", "gate": "gate and up", "down": "down and its A x"}
+"""What each is, in a run's facts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +225,12 @@ def current(found: Iterable[Replacement]) -> bool:
     """Whether the model still has the weights that layers were joined from."""
     joins = [joined for _, _, one in found if isinstance(one, Layer) for joined in one.joins if joined is not None]
     return all(joined.attached for joined in joins)
+
+
+def joins_of(found: Iterable[Replacement]) -> list[str]:
+    """What is one product in the layers among `found`, in words."""
+    joins = {name for _, _, one in found if isinstance(one, Layer) for name, joined in one.joins._asdict().items() if joined is not None}
+    return [f"one product for {JOINT[name]}" for name in Joins._fields if name in joins]
 
 
 def _fastest(one: Layer, model: PreTrainedModel, joining: bool) -> Layer | None:

@@ -26,7 +26,7 @@ from cotvalve.engines.attend import faster_attention
 from cotvalve.engines.batch import Batch, Ended
 from cotvalve.engines.branch import faster_branches
 from cotvalve.engines.draw import faster_draws
-from cotvalve.engines.layers import current, faster_layers
+from cotvalve.engines.layers import current, faster_layers, joins_of
 from cotvalve.engines.norms import fused_norms
 from cotvalve.engines.replaced import Replacement, replaced
 from cotvalve.engines.rotation import fused_rotation
@@ -72,10 +72,12 @@ class TransformersEngine:
         self._faster: list[Replacement] | None = None
         self.last: torch.cuda.CUDAGraph | None = None
         """The graph captured last: the next one takes over its memory."""
+        self._kernels: list[str] = []
+        """What our kernels compute, once that is known."""
 
     def facts(self) -> dict[str, str]:
-        """See `Engine.facts`."""
-        return {"engine": self.name}
+        """See `Engine.facts`; once chains are sampled, what our kernels compute is told too."""
+        return {"engine": self.name} | ({"kernels": ", ".join(self._kernels)} if self._kernels else {})
 
     def generate(self, requests: Iterable[Request], progress: Progress = silent) -> Iterator[Completion]:
         """See `Engine.generate`. Out of memory halves the slots and goes on with what is unfinished."""
@@ -146,26 +148,30 @@ class TransformersEngine:
         """What this model's parts are replaced by: all prove themselves against the model's own first, once."""
         model, dial = self.valve.model, self.valve.dial
         found: list[Replacement] = list(fused_norms(model)) if model.device.type == "cuda" else []
+        self._kernels = []
         if not kernels.available(model):
             return found
 
-        def faster(more: Callable[[], Iterable[Replacement]]) -> int:
-            """How many parts `more` finds, measured beside what was found before."""
+        def faster(what: str, more: Callable[[], Iterable[Replacement]]) -> list[Replacement]:
+            """The parts that `more` finds, measured beside what was found before."""
             with replaced(found):
                 new = list(more())
             found.extend(new)
-            return len(new)
+            self._kernels += [what] if new else []
+            return new
 
         try:
             if dial is not None and thin.proves(dial.inlets):
                 found.append((dial, "kernel", thin.thin))
-            faster(lambda: gated.gated_layers(model, dial))
-            faster(lambda: fused_rotation(model))
-            faster(lambda: faster_attention(model))
-            whole = faster(lambda: faster_layers(model, dial, joining=not isinstance(self.valve.direction, TaskVector))) > 0
+                self._kernels.append("A x")
+            faster("gated layers", lambda: gated.gated_layers(model, dial))
+            faster("rotation", lambda: fused_rotation(model))
+            faster("attention", lambda: faster_attention(model))
+            whole = faster("whole layers", lambda: faster_layers(model, dial, joining=not isinstance(self.valve.direction, TaskVector)))
+            self._kernels += joins_of(whole)
             if dial is not None:
-                faster(lambda: faster_branches(dial, alone=not whole))
-            faster(lambda: faster_draws(model))
+                faster("branches", lambda: faster_branches(dial, alone=not whole))
+            faster("draws", lambda: faster_draws(model))
         except kernels.failures() as error:  # no compiler that knows this card, or no memory to try them in
             warnings.warn(f"our kernels are left out, PyTorch's are slower: {type(error).__name__}: {error}", stacklevel=2)
         return found
