@@ -280,6 +280,8 @@ def _size(plan: _Plan, name: str, split: str) -> int:
     """Problems in one part of a data set; a file's are counted when it is here."""
     if name in problems.NAMES:
         sizes = problems.describe(name).sizes
+        if split == problems.HELD_OUT and "train" in sizes:
+            return sizes["train"] - problems.trainable(name)
         return sizes[split] if split in sizes else next(iter(sizes.values()))
     if Path(name).is_file():
         return len(problems.load(name))

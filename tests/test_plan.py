@@ -240,6 +240,8 @@ def test_steps_and_questions_are_exact_where_they_are_known() -> None:
     assert "6,955 examples x 5 epochs" in text
     # four directions at seven positions beside 0; budget-qwq at six budgets, shortcut; the plain model
     assert "1,319 of gsm8k x (28 positions of 4 directions, 7 baselines, 1 plain) x 1 sample" in text
+    text = plan.describe(pipeline.read("recipes/reproduction/briefer.yaml"))
+    assert "518 of gsm8k x (39 positions of 3 directions, 0 baselines, 1 plain)" in text  # all that are held out
     text = plan.describe(pipeline.read("llama-3.2-1b-instruct"))
     assert row(text, "progressive")[3] == str(math.ceil(6863 / 64) * 2 * 4)
 
