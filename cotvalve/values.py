@@ -71,6 +71,10 @@ _FULL_HOUR = re.compile(r"(\d{1,2}):00\s*+(?:[ap]\.?\s?m|o'clock)", re.IGNORECAS
 """A time of day that is a number too: "2:00 pm" is 2, where "2:20 pm" is none."""
 
 
+_GROUPS = re.compile(r"[-$\s]*\d{1,3}(?:[ ~]\d{3})++(?:\.\d++)?[%A-Za-z\s]*")
+"""Nothing but a number whose thousands stand apart: "9 500". In a sentence that may be two numbers ("2 500 ml bottles")."""
+
+
 def clean(text: str) -> str:
     """`text` with the typography of LaTeX, Markdown and Unicode taken away from its numbers."""
     text = text.translate(_MINUS)
@@ -126,8 +130,8 @@ def number(text: str, *, units: bool = True) -> Number:
 
     With `units`, words and 'x =' may stand around it ("about 18 dollars"); without, only what LaTeX marks as text.
 
-    >>> str(number(r"\$1{,}080.50 \text{ per year}").value), str(number("1 1/2").value), str(number("x = -3").value)
-    ('2161/2', '3/2', '-3')
+    >>> str(number(r"\$1{,}080.50 \text{ per year}").value), str(number("1 1/2").value), str(number("x = -3").value), str(number("9 500").value)
+    ('2161/2', '3/2', '-3', '9500')
     """
     if len(text) > MAX_ANSWER:
         raise Unreadable(f"answer of more than {MAX_ANSWER} characters")
@@ -139,6 +143,8 @@ def number(text: str, *, units: bool = True) -> Number:
     plain = re.split(r"\\approx|≈", plain)[0] or plain
     if "=" in plain and units:
         plain = plain.rsplit("=", 1)[1]
+    if _GROUPS.fullmatch(plain):
+        plain = re.sub(r"(?<=\d)[ ~](?=\d)", "", plain)
     found = list(NUMBER.finditer(plain))
     if len(found) != 1:
         raise Unreadable("no number in it" if not found else "more than one number in it")
