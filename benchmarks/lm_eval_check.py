@@ -104,6 +104,7 @@ KINDS = {
     "behind": Kind("a number stands behind the answer ('... \\boxed{2} cows to produce 25 liters')", "cotvalve: the last number is not what the sentence gives as its answer"),
     "no box": Kind("no box in the text; lm-eval then compares the text itself", "cotvalve: 'The answer is 5.' and '... = 7 pieces' give the answer"),
     "first": Kind("'The answer is' stands there more than once; the filter takes the first", "cotvalve: 'The answer is 15-12 = 3. The answer is 3.' answers 3, not 15"),
+    "earlier": Kind("'The answer is' stands there with another number, and the text goes on to a box", "cotvalve: the box, which the prompt asked for, is the last word"),
     "spelling": Kind("the same number in another spelling (42.00 and 42, 50% and 50, 6th and 6)", "cotvalve: lm-eval compares strings"),
     "expression": Kind("the same expression in another spelling", "cotvalve: lm-eval compares strings"),
     "words": Kind("words beside the number in the box", "cotvalve: units are no part of a GSM8K answer"),
@@ -113,6 +114,8 @@ KINDS = {
     "hour": Kind("the answer is a full hour, 2:00 pm, and the gold answer its number", "cotvalve: it is the hour that was asked for"),
     "base": Kind("the base of a numeral is left out (4210 for 4210_5)", "cotvalve: as hendrycks_math, which compares strings; math-verify drops the base"),
     "choice": Kind("the choice stands there without a box ('The answer is (C).')", "cotvalve: it is the answer; math-verify reads the formulas around it"),
+    "unboxed": Kind("no box in the text; math-verify takes a formula that stands elsewhere", "cotvalve: the last sentence gives the answer"),
+    "thousands": Kind("the thousands of a number stand apart ('\\boxed{9 500}')", "cotvalve: it is one number; math-verify multiplies"),
     "other": Kind("unexplained", "to be looked at"),
 }  # fmt: skip
 
@@ -130,10 +133,16 @@ def explain(view: str, seen: Seen) -> str:
         return "no box"
     if view == "cot strict-match" and seen.text.count("The answer is ") > 1:
         return "first"
+    if view == "cot strict-match" and boxed and not _same(seen.gold.answer, seen.read):
+        return "earlier"
     if view == "boxed":
         return "spelling" if seen.gold.kind == "number" else "expression"
     if view == "math_verify" and not boxed and re.fullmatch(r"\\text\{\([A-Z]\)\}|\([A-Z]\)", seen.gold.answer):
         return "choice"
+    if view == "math_verify" and re.fullmatch(r"\S{0,2}\d{1,3}( \d{3})+", seen.ours.predicted or ""):
+        return "thousands"
+    if view == "math_verify" and not boxed and seen.gold.kind == "number":
+        return "unboxed"
     if _same(seen.gold.answer, seen.read):
         return "spelling"
     if view == "flexible-extract" and _behind(seen):
