@@ -329,11 +329,13 @@ def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: f
         held = [(dataset, here) for (other, dataset, apart), here in found.items() if other == name and apart]
         if len(held) > 1:
             raise DataError(f"table {name} has held-out questions of {', '.join(dataset for dataset, _ in held)}; positions are chosen on one set")
-        for (other, dataset, apart), here in found.items():
-            if other != name or apart:
+        tests = {dataset: here for (other, dataset, apart), here in found.items() if other == name and not apart}
+        known = list(dict.fromkeys(system for here in tests.values() for system in here.systems))
+        if tests and against not in known:
+            raise SettingError(unknown("system", against, known))
+        for dataset, here in tests.items():
+            if against not in here.systems:  # it was measured on others of them only
                 continue
-            if against not in here.systems:
-                raise SettingError(unknown("system", against, here.systems))
             plain = here.systems[PLAIN][None]
             asked = len({row["problem"] for rows in plain.values() for row in rows})
             parts.append(f"## {name}: {dataset}, {asked:,} questions, {len(plain)} seed{'s' * (len(plain) > 1)}")

@@ -203,6 +203,16 @@ def test_figures_show_every_system_with_all_seeds_together(tmp_path: Path, monke
     assert reproduction.draw(folders, ["table7"], 99, tmp_path / "none") == []
 
 
+def test_a_set_without_the_system_that_all_are_compared_with_is_passed_over(tmp_path: Path) -> None:
+    folders = seeds(tmp_path)
+    for folder in folders:
+        sweep(folder / "main-math500", {PLAIN: rows(0.0, "+-", [9, 9])}, data="math500")
+    assert "## main: math500" in reproduction.document(folders, [], PLAIN, 1.0, 99)
+    told = reproduction.document(folders, [], "A", 1.0, 99)
+    assert "## main: gsm8k" in told
+    assert "## main: math500" not in told
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no finished sweep"):
@@ -243,7 +253,7 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
         elif isinstance(s, SweepSettings):
             held = s.split == "heldout"
             assert (step.name.endswith("-heldout"), s.seed if held else 0, s.temperature) == (held, 0, 0)
-            assert s.limit == ({"briefer": None}.get(path.stem, 300) if held else None)
+            assert s.limit == (300 if held and path.stem not in ("briefer", "longer", "brief-math") else None)
             directions = named_directions(s.direction)
             assert "\n" not in s.direction
             swept.setdefault((step.name.partition("-")[0], held), set()).update(directions.values())
@@ -304,6 +314,8 @@ def shrunk(path: Path, folder: Path) -> str:
             step["data"] = str(folder / "long.jsonl")
         elif data and not data.startswith("$"):
             step["data"] = "arithmetic"
+        if str(step.get("direction", "")).startswith("directions/"):
+            step["direction"] = "tiny-valve"
         if step["verb"] == "sweep":
             alphas = step["alphas"]
             step |= {"alphas": sorted({alphas[0], alphas[len(alphas) // 2], alphas[-1]}), "limit": 2, "max_new_tokens": 60}
