@@ -114,7 +114,10 @@ KINDS = {
     "hour": Kind("the answer is a full hour, 2:00 pm, and the gold answer its number", "cotvalve: it is the hour that was asked for"),
     "base": Kind("the base of a numeral is left out (4210 for 4210_5)", "cotvalve: as hendrycks_math, which compares strings; math-verify drops the base"),
     "choice": Kind("the choice stands there without a box ('The answer is (C).')", "cotvalve: it is the answer; math-verify reads the formulas around it"),
-    "unboxed": Kind("no box in the text; math-verify takes a formula that stands elsewhere", "cotvalve: the last sentence gives the answer"),
+    "unboxed": Kind("no box in the text; math-verify takes a formula that stands elsewhere", "cotvalve: the last sentence gives the answer (but for math500's prealgebra/65, where it names the gold number by chance)"),
+    "percent": Kind("a percent sign in the box, for a question that asks how many percent", "cotvalve: 20% is 20 of them; math-verify makes it 1/5"),
+    "several": Kind("several boxes; math-verify makes a set of them", "cotvalve: the last box counts, as for hendrycks_math"),
+    "heading": Kind("no box; the sentence below 'Final Answer' has two numbers, and cotvalve takes the first", "lm-eval"),
     "thousands": Kind("the thousands of a number stand apart ('\\boxed{9 500}')", "cotvalve: it is one number; math-verify multiplies"),
     "other": Kind("unexplained", "to be looked at"),
 }  # fmt: skip
@@ -141,8 +144,14 @@ def explain(view: str, seen: Seen) -> str:
         return "choice"
     if view == "math_verify" and re.fullmatch(r"\S{0,2}\d{1,3}( \d{3})+", seen.ours.predicted or ""):
         return "thousands"
-    if view == "math_verify" and not boxed and seen.gold.kind == "number":
+    if view == "math_verify" and not boxed:
         return "unboxed"
+    if view == "math_verify" and re.search(r"\\?%", seen.ours.predicted or "") and seen.gold.kind == "number":
+        return "percent"
+    if view == "math_verify" and len(boxed) > 1:
+        return "several"
+    if view == "math_verify" and re.search(r"\^\{?\\(?:mathrm|text)\{(?:st|nd|rd|th)\}", seen.ours.predicted or ""):
+        return "spelling"
     if _same(seen.gold.answer, seen.read):
         return "spelling"
     if view == "flexible-extract" and _behind(seen):
@@ -161,6 +170,8 @@ def _only_theirs(seen: Seen) -> str:
     whole, last = re.escape(read), _visible(seen.text).strip().rpartition("\n")[2]
     if re.search(rf"(?<!\d){whole}(?!\d)", given) or re.search(rf"(?<![\d:]){whole}:\d\d", last):
         return "part"
+    if not boxes(_visible(seen.text)) and "Final Answer" in seen.text:
+        return "heading"
     return "chance" if _behind(seen) else "other"
 
 
