@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 EIGHT = 8
 """Rows that each A fills up to, so that every part of the product begins where 16 bytes do; all rows together fill up to twice as many."""
+LINE = 64
+"""Rows that those of several layers fill up to: a row of the product then begins where 128 bytes of memory do, and the kernels that
+read it in pieces of that size touch one line for each. For a single layer that would be columns for nothing."""
 
 
 class Sides(NamedTuple):
@@ -113,7 +116,7 @@ def join(layers: Sequence[nn.Module], dial: Dial | None) -> Joined | None:
             sides = [weight(layer.lora_A[ADAPTER]) for layer in inlet.layers]
             rows += [pad(side, (0, 0, 0, -len(side) % EIGHT)) for side in sides]
         starts = [0, *accumulate(map(len, rows))]
-        rows.append(like.new_zeros(-starts[-1] % (2 * EIGHT), like.shape[1]))
+        rows.append(like.new_zeros(-starts[-1] % (LINE if len(layers) > 1 else 2 * EIGHT), like.shape[1]))
         matrix, bias = torch.cat(rows).detach(), None
         if any(base.bias is not None for base in bases):
             bias = like.new_zeros(len(matrix))
