@@ -59,8 +59,8 @@ LONG = Request("long", "the long one", 0.6, 120, 0.9, 0.9, 77)
 engines = pytest.mark.parametrize("name", ENGINES)
 
 
-def direction() -> Direction:
-    wrapped = models.lora(models.llama(), by=0.15)
+def direction(make: Any = models.llama) -> Direction:
+    wrapped = models.lora(make(), by=0.15)
     factors = {name.replace(".default", ""): weight for name, weight in wrapped.named_parameters() if "lora_" in name}
     return Direction.from_peft(wrapped.peft_config["default"], factors, Card("base"))
 
@@ -1016,15 +1016,22 @@ def test_a_sum_and_its_norm_are_those_of_pytorch(width: int, more: str | int) ->
 
 @pytest.mark.kernel
 @pytest.mark.skipif(find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton and TRITON_INTERPRET=1")
-@pytest.mark.parametrize(("ahead", "joining"), [(False, ""), (True, ""), (False, "heads mixed gate down"), (True, "heads gate"), (False, "down")])
-@pytest.mark.parametrize("which", ["all", "attention", "mlp", "k_proj", "none"])
+@pytest.mark.parametrize(
+    ("which", "ahead", "joining"),
+    [
+        *((which, ahead, "") for which in ("all", "attention", "mlp", "k_proj", "none") for ahead in (False, True)),
+        *((which, False, "heads mixed gate down") for which in ("all", "biased", "attention", "mlp", "k_proj", "none")),
+        ("all", True, "heads gate"), ("biased", True, "heads gate"), ("all", False, "down"),
+    ],
+)  # fmt: skip
 def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, which: str, ahead: bool, joining: str) -> None:
     """The engine with all layers in the kernels' hands, in an interpreter: prompts and steps, any part with a branch; all given back."""
     monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
-    kept = {"all": "", "attention": "self_attn", "none": "nothing"}.get(which, which)
-    factors = {name: factor for name, factor in direction().factors.items() if kept in name}
+    make = models.qwen2 if which == "biased" else models.llama
+    kept = {"all": "", "biased": "", "attention": "self_attn", "none": "nothing"}.get(which, which)
+    factors = {name: factor for name, factor in direction(make).factors.items() if kept in name}
     asked = mixture(6) if factors else [replace(request, alpha=0.0) for request in mixture(6)]
-    turned = Valve(models.llama(), models.tokenizer(["</think>"]), Direction(factors, Card("base")) if factors else None)
+    turned = Valve(make(), models.tokenizer(["</think>"]), Direction(factors, Card("base")) if factors else None)
     expected = run(engine("transformers", on=turned), asked)
 
     def seconds(work: Any) -> float:
@@ -1058,7 +1065,7 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
     found = [found for _, _, found in of._faster if isinstance(found, layers.Layer)]
     assert len(found) == turned.model.config.num_hidden_layers
     assert {(one.tile, one.ahead) for one in found} == {(between.TILES[2], ahead and bool(factors))}
-    can = {"all": "heads mixed gate down", "attention": "heads mixed gate", "mlp": "heads gate down", "k_proj": "gate", "none": "heads gate"}[which]
+    can = {"all": "heads mixed gate down", "biased": "heads mixed gate down", "attention": "heads mixed gate", "mlp": "heads gate down", "k_proj": "gate", "none": "heads gate"}[which]
     (joins,) = {tuple(name for name, joined in one.joins._asdict().items() if joined is not None) for one in found}
     assert {*joins} == {*joining.split()} & {*can.split()}
     assert layers.current(of._faster)
@@ -1066,7 +1073,7 @@ def test_whole_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, whic
     assert ("one product for gate and up" in told) == ("gate" in joins)
     assert {"whole layers", "gated layers", "rotation"} <= {*told}
     assert all(torch.equal(parameter, before[name]) for name, parameter in turned.model.named_parameters())
-    assert summed.count(True) > 20 if ahead and which in ("all", "mlp") else True not in summed
+    assert summed.count(True) > 20 if ahead and which in ("all", "biased", "mlp") else True not in summed
     assert seen.count(True) > 20
     assert False in seen
     assert not any("forward" in vars(module) for module in [*turned.model.model.layers, turned.model.model.norm])
