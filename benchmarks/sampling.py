@@ -1,6 +1,7 @@
 """What sampling at mixed alphas costs: one command, every system on the same card, one JSON line per part.
 
     python benchmarks/sampling.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --out sampling.jsonl
+    python benchmarks/sampling.py --read results/performance-h100-3/engine-05.jsonl      # the table of an earlier run
     python benchmarks/sampling.py --model tiny-reasoner --requests 64 --parts engine_base,engine,generate,generate_base
 
 Parts, each in a process of its own, so that one that fails loses nothing of the others:
@@ -33,6 +34,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,13 +59,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--generate-batch", type=int, default=512)
     parser.add_argument("--distinct", default="8,1,64,512", help="numbers of distinct positions, one after the other")
     parser.add_argument("--natural", action="store_true", help="chains end where the model ends them")
-    parser.add_argument("--rounds", type=int, default=2, help="timed rounds; the best one is compared")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds")
     parser.add_argument("--parts", default=",".join(PARTS[:-1]))
     parser.add_argument("--check", action="store_true", help="part 'smoke' on the engine of part dial, before it is timed")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile and CUDA graphs")
     parser.add_argument("--vllm", default="{}", help="further EngineArgs of vLLM, as JSON")
     parser.add_argument("--seconds", type=int, default=900, help="limit for one part")
     parser.add_argument("--out", default="sampling.jsonl")
+    parser.add_argument("--read", default="", help="a file of an earlier run: its table, and nothing is run")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -71,6 +74,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs the parts one after the other and prints the table."""
     args = arguments()
+    if args.read:
+        print(table([json.loads(line) for line in Path(args.read).read_text(encoding="utf-8").splitlines() if line.strip()]))
+        return
     if args.part:
         for found in run(args.part, args):
             # As it is found: a part that is cut off keeps what it had.
@@ -104,21 +110,27 @@ def main() -> None:
 
 
 def table(done: list[dict[str, Any]]) -> str:
-    """tokens/s, memory and ratios of what was run."""
+    """tokens/s, memory and ratios of what was run, and what the profiles say of a step."""
     rows = [row for part in done for row in part.get("rows", [])]
-    rate = {row["name"]: row["tokens_per_second"] for row in rows}
+    rates = {row["name"]: row["rates"] for row in rows}
     floor = next((part["floor_tokens_per_second"] for part in done if part["part"] == "floor" and "error" not in part), None)
-    ours = next((row["tokens_per_second"] for row in rows if row["name"].startswith("engine, ")), None)
-    lines = [f"{'':28}{'tokens/s':>12}{'of floor':>10}{'of no LoRA':>11}{'engine is':>11}{'GB used':>10}{'start s':>9}"]
+    ours = next((max(row["rates"]) for row in rows if row["name"].startswith("engine, ")), None)
+    lines = [f"{'tokens/s':28}{'median':>10}{'best':>10}{'lowest':>10}{'of floor':>10}{'of no LoRA: medians':>21}{'best':>8}{'engine is':>11}{'GB used':>9}{'start s':>9}"]
     for row in rows:
-        speed, bare = row["tokens_per_second"], rate.get(BARE.get(row["name"].partition(",")[0], ""))
+        found, bare = row["rates"], rates.get(BARE.get(row["name"].partition(",")[0], ""))
         lines.append(
-            f"{row['name']:28}{speed:12,.0f}"
-            + (f"{100 * speed / floor:9.1f}%" if floor else f"{'':10}")
-            + (f"{100 * speed / bare:10.1f}%" if bare else f"{'':11}")
-            + (f"{ours / speed:10.2f}x" if ours else f"{'':11}")
-            + f"{row.get('memory_gb', 0):10.1f}{row.get('start_seconds', 0):9.0f}"
+            f"{row['name']:28}{median(found):10,.0f}{max(found):10,.0f}{min(found):10,.0f}"
+            + (f"{100 * max(found) / floor:9.1f}%" if floor else f"{'':10}")
+            + (f"{100 * median(found) / median(bare):20.1f}%{100 * max(found) / max(bare):7.1f}%" if bare else f"{'':29}")
+            + (f"{ours / max(found):10.2f}x" if ours else f"{'':11}")
+            + f"{row.get('memory_gb', 0):9.1f}{row.get('start_seconds', 0):9.0f}"
         )
+    steps = {part["part"]: part for part in done if "step_ms" in part}
+    for name, part in steps.items():
+        lines.append(f"{name}: {part['step_ms']:.2f} ms a step, {part['kernels']} kernels that take {part['busy_ms']:.2f} ms")
+    if {"engine_profile", "engine_base_profile"} <= steps.keys():
+        dial, bare = steps["engine_profile"], steps["engine_base_profile"]
+        lines.append(f"a step with the dial is at {100 * bare['step_ms'] / dial['step_ms']:.1f}% of one without LoRA")
     lines += [f"{part['part']}: {part['error']}" for part in done if "error" in part]
     return "\n".join(lines)
 

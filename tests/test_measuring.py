@@ -1,4 +1,4 @@
-"""benchmarks/agreement.py, hardness.py and losses.py on rows made by hand."""
+"""benchmarks/agreement.py, hardness.py, losses.py and the table of sampling.py on rows made by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import agreement, hardness, losses
+from benchmarks import agreement, hardness, losses, sampling
 from cotvalve import problems
 from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError
@@ -94,3 +94,16 @@ def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, mo
         hardness.tables([tmp_path / "0"], "other", ["V"], [1.0], 99, None)
     with pytest.raises(DataError, match="without human solutions"):
         hardness.thirds([replace(one, solution="") for one in nine])
+
+
+def test_rates_are_compared_by_medians_and_by_the_best() -> None:
+    def row(name: str, *rates: float) -> dict[str, Any]:
+        return {"part": name.partition(",")[0], "rows": [{"name": name, "rates": list(rates), "tokens_per_second": max(rates)}]}
+
+    steps = [{"part": part, "step_ms": ms, "kernels": 7, "busy_ms": ms} for part, ms in (("engine_profile", 5.0), ("engine_base_profile", 4.0))]
+    told = sampling.table([row("engine, 8 alphas", 70, 90, 80), row("engine_base", 100, 120, 90), row("stock, 8 alphas", 9, 10), *steps])
+    ours, bare, stock, *rest = told.splitlines()[1:]
+    assert ours.split()[3:8] == ["80", "90", "70", "80.0%", "75.0%"]
+    assert bare.split()[1:4] == ["100", "120", "90"]
+    assert "9.00x" in stock
+    assert rest[-1] == "a step with the dial is at 80.0% of one without LoRA"

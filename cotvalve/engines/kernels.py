@@ -1,4 +1,4 @@
-"""Where kernels can run, how long they take, two at once, and what it looks like when they cannot."""
+"""Where kernels can run, what they read, how long they take, as a graph, two at once, and what it looks like when they cannot."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object], times: int = 8) -> float:
 
 
 @cache
-def _aside(device: int) -> torch.cuda.Stream:
+def _capturing(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # one for all graphs: libraries keep working memory for each stream
 
 
@@ -65,7 +65,7 @@ def captured(work: Callable[[], object], last: torch.cuda.CUDAGraph | None = Non
     free, idle = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if free < idle:
         torch.cuda.empty_cache()
-    graph, stream, before = torch.cuda.CUDAGraph(), _aside(torch.cuda.current_device()), torch.cuda.current_stream()
+    graph, stream, before = torch.cuda.CUDAGraph(), _capturing(torch.cuda.current_device()), torch.cuda.current_stream()
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         work()

@@ -89,6 +89,7 @@ class Layer:
     ahead: bool = False
     """Whether A x of down_proj is made where its x is, and summed up with what reads it."""
     joins: Joins = APART
+    """What is one product."""
 
     def __call__(self, hidden: Tensor, *more: Any, **named: Any) -> Tensor:
         """See the layer."""
