@@ -107,3 +107,5 @@ def test_rates_are_compared_by_medians_and_by_the_best() -> None:
     assert bare.split()[1:4] == ["100", "120", "90"]
     assert "9.00x" in stock
     assert rest[-1] == "a step with the dial is at 80.0% of one without LoRA"
+    sized = sampling.table([row("engine, 8 alphas, 64 requests", 50), row("engine_base, 32 requests", 10), row("engine_base, 64 requests", 100)])
+    assert sized.splitlines()[1].split()[5:10] == ["50", "50", "50", "50.0%", "50.0%"]  # those of as many requests
