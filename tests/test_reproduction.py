@@ -6,6 +6,7 @@ The recipes run whole, shrunk to the embedded model, when COTVALVE_DRY_RUN is se
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
-from cotvalve import pipeline, plan, problems
+from benchmarks import means
+from cotvalve import Direction, pipeline, plan, problems
 from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError, SettingError
 from cotvalve.figures import DASH, MINUS
@@ -253,7 +256,7 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
         elif isinstance(s, SweepSettings):
             held = s.split == "heldout"
             assert (step.name.endswith("-heldout"), s.seed if held else 0, s.temperature) == (held, 0, 0)
-            assert s.limit == (300 if held and path.stem not in ("briefer", "longer", "brief-math") else None)
+            assert s.limit == (300 if held and path.stem not in ("briefer", "longer", "brief-math", "means") else None)
             directions = named_directions(s.direction)
             assert "\n" not in s.direction
             swept.setdefault((step.name.partition("-")[0], held), set()).update(directions.values())
@@ -262,6 +265,15 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
     assert all(swept[table, True] == swept[table, False] for table in tables)
     used = set().union(*swept.values()) | {s.direction for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, MixSettings))}
     assert learned <= used
+
+
+def test_the_mean_of_directions_moves_weights_half_of_each_way(tmp_path: Path) -> None:
+    one = Direction.load(ROOT / "cotvalve" / "assets" / "tiny" / "valve")
+    parts = [str((one * by).save(tmp_path / str(by))) for by in (1, 2, -6)]
+    mean = Direction.load(means.mean(parts, str(tmp_path / "mean")))
+    assert mean.factors.keys() == one.factors.keys()
+    for name, factor in one.factors.items():
+        assert torch.allclose(mean.factors[name].delta(), -factor.delta(), atol=1e-6)
 
 
 def test_a_part_of_a_test_set_has_tables_of_its_own(tmp_path: Path) -> None:
@@ -316,6 +328,8 @@ def shrunk(path: Path, folder: Path) -> str:
             step["data"] = "arithmetic"
         if str(step.get("direction", "")).startswith("directions/"):
             step["direction"] = "tiny-valve"
+        if "runs/means/" in str(step.get("direction", "")):
+            step["direction"] = re.sub("runs/means/[^,]+", "tiny-valve", step["direction"])
         if step["verb"] == "sweep":
             alphas = step["alphas"]
             step |= {"alphas": sorted({alphas[0], alphas[len(alphas) // 2], alphas[-1]}), "limit": 2, "max_new_tokens": 60}
