@@ -9,7 +9,7 @@ Parts, each in a process of its own, so that one that fails loses nothing of the
     floor            measured copy bandwidth and matrix rate, and the tokens/s that reading the weights and caches allows
     engine           the default engine with the dial, at each number of distinct positions in --distinct
     engine_base      the same engine without any LoRA: what the dial is measured against
-    engine_profile   where one decoding step of it goes; engine_base_profile without LoRA
+    engine_profile   where one decoding step and a whole run of it go; engine_base_profile without LoRA
     generate         transformers' generate with the dial, batch by batch; generate_base without
     dial             vLLM with the dial, at each number in --distinct; base without any LoRA
     stock8           vLLM's own multi-LoRA with 8 baked adapters; stock32 with 32
@@ -26,8 +26,10 @@ What docs/performance.md holds against an aim is the median of the rounds; the b
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -131,6 +133,8 @@ def table(done: list[dict[str, Any]]) -> str:
     steps = {part["part"]: part for part in done if "step_ms" in part}
     for name, part in steps.items():
         lines.append(f"{name}: {part['step_ms']:.2f} ms a step, {part['kernels']} kernels that take {part['busy_ms']:.2f} ms")
+        if whole := part.get("whole"):
+            lines.append(f"{name}: {whole['wall_ms']:,.0f} ms for all slots, of which the card works {whole['busy_ms']:,.0f}")
     if {"engine_profile", "engine_base_profile"} <= steps.keys():
         dial, bare = steps["engine_profile"], steps["engine_base_profile"]
         lines.append(f"a step with the dial is at {100 * bare['step_ms'] / dial['step_ms']:.1f}% of one without LoRA")
@@ -346,9 +350,6 @@ def profile(args: argparse.Namespace, *, dial: bool) -> dict[str, Any]:
     on_gpu = [event for event in seen.key_averages() if event.device_type.name != "CPU"] if torch.cuda.is_available() else list(seen.key_averages())
     spent = {event.key: (event.self_device_time_total or event.self_cpu_time_total) / steps / 1e3 for event in on_gpu}
     top = sorted(spent.items(), key=lambda pair: -pair[1])[:25]
-    import cProfile
-    import pstats
-
     seen_cpu = cProfile.Profile()
     seen_cpu.enable()
     for _ in range(steps):
@@ -385,9 +386,10 @@ def engine_profile(args: argparse.Namespace, part: str) -> dict[str, Any]:
         return {"busy_ms": sum(took.values()), "kernels": int(sum(event.count for event in events) / steps), "top_ms": top}
 
     with engine.fitted():
-        batch = Batch(engine, encoded, slots, 0.0)
+        batch: Batch | None = Batch(engine, encoded, slots, 0.0)
 
         def burst(count: int) -> float:
+            assert batch is not None
             began = time.perf_counter()
             for _ in range(count):
                 batch.launch()
@@ -400,13 +402,29 @@ def engine_profile(args: argparse.Namespace, part: str) -> dict[str, Any]:
         with watch(activities=activities) as seen:
             burst(2)
         step = spent(seen, 2 * batch.burst)
-        del batch
+        batch = None  # before the next one takes its caches
         batch = Batch(engine, encoded, slots, 0.0)
         with watch(activities=activities) as seen:
             burst(1)
+    first_spent = spent(seen, 1)
+    batch = None  # its caches
+    asked = requests_of(engine.valve, grid, "whole", slots, args.tokens)
+    walls: list[float] = []
+    for _ in range(3):
+        began = time.perf_counter()
+        list(engine.generate(asked))
+        walls.append(1e3 * (time.perf_counter() - began))
+    with watch(activities=activities) as seen:
+        list(engine.generate(asked))
+    whole = {"wall_ms": median(walls), **spent(seen, 1)}
+    watched = cProfile.Profile()
+    watched.runcall(lambda: list(engine.generate(asked)))
+    stats = pstats.Stats(watched).stats  # pyright: ignore[reportAttributeAccessIssue]
+    slow = sorted(stats.items(), key=lambda item: -item[1][2])[:25]
+    whole["python_ms"] = [[f"{Path(where).name}:{line}:{name}", round(1e3 * row[2], 1), row[0]] for (where, line, name), row in slow]
     # The prompts of all slots, and the first burst with the capture of its graph.
     return {
-        "engine": engine.name, "slots": slots, "first_burst_ms": first, "step_ms": plain, **step, "first": spent(seen, 1),
+        "engine": engine.name, "slots": slots, "first_burst_ms": first, "step_ms": plain, **step, "first": first_spent, "whole": whole,
     }  # fmt: skip
 
 

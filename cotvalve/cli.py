@@ -204,7 +204,6 @@ def data_fetch(
 
 def main() -> None:
     """The `cotvalve` command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Read when the library is imported: a line for each of its five tries would bury the one that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     Notes.on()

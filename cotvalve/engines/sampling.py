@@ -92,16 +92,25 @@ class Codec:
             return [], []
         fits: list[Encoded] = []
         refused: list[Completion] = []
-        for request, ids in zip(
-            requests, self.tokenizer([r.prompt for r in requests], add_special_tokens=False)["input_ids"], strict=True
-        ):
+        # A sweep asks each question at every alpha, and nothing can be computed before all lengths are known.
+        prompts = list(dict.fromkeys(request.prompt for request in requests))
+        known = dict(zip(prompts, self._ids(prompts), strict=True))
+        for request in requests:
+            ids = known[request.prompt]
             room = min(request.max_new_tokens, self._context - len(ids))
             if not ids or room < 1:
                 why = "the prompt is empty" if not ids else f"the prompt has {len(ids)} tokens, the context {self._context}"
                 refused.append(Completion(request.id, request.alpha, "", 0, "error", len(ids), reason=why))
             else:
-                fits.append(Encoded(request, list(ids), room))
+                fits.append(Encoded(request, ids, room))
         return fits, refused
+
+    def _ids(self, prompts: list[str]) -> list[list[int]]:
+        behind: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        if behind is None or behind.truncation or behind.padding or getattr(self.tokenizer, "split_special_tokens", False):
+            return [list(ids) for ids in self.tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+        # What the tokenizer calls, on all cores, without masks and offsets: a third of the time.
+        return [encoding.ids for encoding in behind.encode_batch_fast(prompts, add_special_tokens=False)]
 
     def completion(self, encoded: Encoded, ids: Sequence[int]) -> Completion:
         """The completion made of generated `ids`, the stop id included when there was one."""

@@ -132,15 +132,19 @@ class TransformersEngine:
 
     @contextmanager
     def fitted(self) -> Generator[None]:
-        """The model as this engine wants it: attention on slots, and on a GPU most of what lies between the products in our kernels."""
+        """The model as this engine wants it: attention on slots, and on a GPU most of what lies between the products in our kernels.
+
+        Its GPU is the current one meanwhile: kernels and graphs are made for the current one, wherever their tensors lie.
+        """
         model = self.valve.model
         before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(ATTENTION)
         try:
-            if self._faster is None or not current(self._faster):
-                self._faster = self._find_faster()
-            with replaced(self._faster):
-                yield
+            with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
+                if self._faster is None or not current(self._faster):
+                    self._faster = self._find_faster()
+                with replaced(self._faster):
+                    yield
         finally:
             model.set_attn_implementation(before or "sdpa")
 
