@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -49,8 +51,13 @@ class Batch:
         self.whole = alpha
         self.waiting = deque(waiting)
         self.slots: list[Encoded | None] = [None] * slots
-        self.filled = [0] * slots
+        # What is asked of all slots after every burst, while the card waits, is asked of arrays.
+        self.taken = np.zeros(slots, bool)
+        """Which slots hold a chain."""
+        self.filled = np.zeros(slots, np.int64)
         """Per slot, an upper bound of the next cache position."""
+        self.rooms = np.zeros(slots, np.int64)
+        """Per slot, its chain's limit of new tokens."""
         new = context or max(e.room for e in waiting)
         length = self._round(context or max(len(e.ids) + e.room for e in waiting))
         config = self.model.config
@@ -80,7 +87,7 @@ class Batch:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting) or any(self.slots)
+        return bool(self.waiting) or bool(self.taken.any())
 
     def unfinished(self) -> list[Encoded]:
         """Everything that has not been yielded, to be run again from its prompt."""
@@ -100,28 +107,27 @@ class Batch:
         if not self.busy:
             return
         self._refill()
-        steps = min(self.burst, max(e.room for e in self.slots if e is not None))
+        steps = min(self.burst, int(self.rooms.max()))
         length = self.length
         if not self.own_lengths:
-            length = min(length, self._round(max(self.filled[i] for i in range(self.rows) if self.slots[i]) + steps))
+            length = min(length, self._round(int(self.filled[: self.rows][self.taken[: self.rows]].max()) + steps))
         self.spans = None if self.cuda else self._spans(steps, length)
         for _ in range(steps):
             self._step(length)
-        for i in range(self.rows):
-            self.filled[i] += steps
+        self.filled[: self.rows] += steps
 
     def _spans(self, steps: int, length: int) -> list[Span]:
         """How far each few rows reach in the next `steps` steps."""
         starts = range(0, self.rows, SPAN)
         return [
-            Span(a, min(a + SPAN, self.rows), min(length, self._round(max(self.filled[a : a + SPAN]) + steps)))
+            Span(a, min(a + SPAN, self.rows), min(length, self._round(int(self.filled[a : a + SPAN].max()) + steps)))
             for a in starts
         ]
 
     def _refill(self) -> None:
-        free = [i for i in range(self.rows) if self.slots[i] is None]
+        free = np.flatnonzero(~self.taken[: self.rows])
         if self.waiting and (len(free) >= max(1, self.rows // 8) or len(free) == self.rows):
-            self._admit(free)
+            self._admit(free.tolist())
         elif not self.waiting:
             self._compact()
 
@@ -147,17 +153,29 @@ class Batch:
         self.count[index] = 0
         self.alive[index] = True
         for slot, e in taken:
-            self.slots[slot], self.filled[slot] = e, len(e.ids)
-            if e.request.temperature > 0:
-                self.uniform[slot, : e.room] = torch.from_numpy(uniforms(e.request)[: e.room]).to(self.device)
+            self.slots[slot], self.taken[slot], self.filled[slot], self.rooms[slot] = e, True, len(e.ids), e.room
+        if any(e.request.temperature > 0 for e in encoded):
+            drawn = np.zeros((len(taken), self.uniform.shape[1]), np.float32)
+            for row, e in zip(drawn, encoded, strict=True):
+                if e.request.temperature > 0:
+                    row[: e.room] = uniforms(e.request)[: e.room]
+            self.uniform[index] = self._there(drawn)
         start = 0
         while start < len(taken) and (width := len(encoded[start].ids) - 1) > 0:
             stop = start + max(1, self.prefill // width)
             self._prefill(index[start:stop], encoded[start:stop], width)
             start = stop
 
+    def _there(self, values: np.ndarray) -> Tensor:
+        """On the model's device; a GPU fetches it when it is there, and the processor goes on."""
+        here = torch.from_numpy(values)
+        return here.pin_memory().to(self.device, non_blocking=True) if self.cuda else here.to(self.device)
+
     def _prefill(self, slots: Tensor, encoded: list[Encoded], width: int) -> None:
-        ids = torch.tensor([e.ids[:-1] + [0] * (width - len(e.ids) + 1) for e in encoded], device=self.device)
+        lengths = np.array([len(e.ids) - 1 for e in encoded])
+        padded = np.zeros((len(encoded), width), np.int64)
+        padded[np.arange(width) < lengths[:, None]] = np.fromiter(chain.from_iterable(e.ids[:-1] for e in encoded), np.int64, lengths.sum())
+        ids = self._there(padded)
         self.window.slots = slots
         with self.valve.at(self.alpha[slots] if self.valve.rows else self.whole):
             # Causal attention never looks right, so padding on the right needs no mask; and no logits are wanted.
@@ -211,8 +229,8 @@ class Batch:
     @torch.inference_mode()
     def collect(self) -> list[Ended]:
         """Waits for the burst; what has ended in it, whose slots are free now."""
-        alive, count = self.alive[: self.rows].tolist(), self.count[: self.rows].tolist()
-        ended = [i for i in range(self.rows) if self.slots[i] is not None and not alive[i]]
+        alive, count = torch.stack((self.alive[: self.rows], self.count[: self.rows])).cpu().numpy()
+        ended = np.flatnonzero(self.taken[: self.rows] & (alive == 0)).tolist()
         if not ended:
             return []
         out = self.out[torch.tensor(ended, device=self.device)].tolist()
@@ -221,26 +239,31 @@ class Batch:
             e = self.slots[i]
             assert e is not None
             found.append((e, ids[: count[i]]))
-            self.slots[i], self.filled[i] = None, 0
+            self._clear(i)
         return found
+
+    def _clear(self, slot: int) -> None:
+        self.slots[slot], self.taken[slot], self.filled[slot], self.rooms[slot] = None, False, 0, 0
 
     def _compact(self) -> None:
         """With nothing left to admit, moves the live rows to the front once enough rows have ended."""
-        live = [i for i in range(self.rows) if self.slots[i] is not None]
+        live = np.flatnonzero(self.taken[: self.rows]).tolist()
         rows = max(8 if self.cuda else 1, 1 << (len(live) - 1).bit_length())
         # A new number of rows is a new graph on CUDA, so steps are larger there.
         if rows > self.rows // (4 if self.cuda else 2):
             return
-        order = live + [i for i in range(self.rows) if self.slots[i] is None][: rows - len(live)]
+        order = live + np.flatnonzero(~self.taken[: self.rows]).tolist()[: rows - len(live)]
         index = torch.tensor(order, device=self.device)
         for name in ("ids", "position", "count", "room", "alive", "out", "alpha", "temperature", "top_p", "uniform"):
             state: Tensor = getattr(self, name)
             state[:rows] = state[index]
-        reach = max(self.filled[i] for i in live)
+        reach = int(self.filled[live].max())
         for layer in self.layers:
             layer.move(rows, index, reach)
         self.alive[rows:] = False
         beyond = len(self.slots) - rows
         self.slots = [self.slots[i] for i in order] + [None] * beyond
-        self.filled = [self.filled[i] for i in order] + [0] * beyond
+        for held in (self.taken, self.filled, self.rooms):
+            held[:rows] = held[order]
+            held[rows:] = 0
         self.rows = rows

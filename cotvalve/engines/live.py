@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from cotvalve.engines.batch import Batch
@@ -128,10 +129,10 @@ class _Open(Batch):
 
     def _refill(self) -> None:
         fewest = 8 if self.cuda else 1
-        live = sum(slot is not None for slot in self.slots)
+        live = int(self.taken.sum())
         wanted = 1 << max(0, live + len(self.waiting) - 1).bit_length()
         self.rows = min(len(self.slots), max(self.rows, wanted, fewest))
-        free = [i for i in range(self.rows) if self.slots[i] is None]
+        free = np.flatnonzero(~self.taken[: self.rows]).tolist()
         if self.waiting and free:
             self._admit(free[::-1])
         elif not self.waiting:
@@ -145,5 +146,5 @@ class _Open(Batch):
         self.waiting = type(self.waiting)(e for e in self.waiting if e.request.id != id)
         for i, e in enumerate(self.slots):
             if e is not None and e.request.id == id:
-                self.slots[i], self.filled[i] = None, 0
+                self._clear(i)
                 self.alive[i] = False
