@@ -104,8 +104,11 @@ class Batch:
     @torch.inference_mode()
     def launch(self) -> None:
         """Admits what waits and starts one burst; on a GPU that returns long before it is done."""
-        if not self.busy:
-            return
+        if self.busy:
+            with kernels.on(self.device):
+                self._launch()
+
+    def _launch(self) -> None:
         self._refill()
         steps = min(self.burst, int(self.rooms.max()))
         length = self.length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from importlib.util import find_spec
 from subprocess import SubprocessError
@@ -17,6 +18,11 @@ def available(model: nn.Module) -> bool:
     """Whether kernels can run for `model`: 16 bits on an NVIDIA card, with Triton (it comes with torch)."""
     weight = next(model.parameters())
     return weight.is_cuda and torch.version.cuda is not None and weight.dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: kernels and graphs are for the current one, wherever their tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def power(number: int) -> int:

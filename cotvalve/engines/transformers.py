@@ -132,19 +132,16 @@ class TransformersEngine:
 
     @contextmanager
     def fitted(self) -> Generator[None]:
-        """The model as this engine wants it: attention on slots, and on a GPU most of what lies between the products in our kernels.
-
-        Its GPU is the current one meanwhile: kernels and graphs are made for the current one, wherever their tensors lie.
-        """
+        """The model as this engine wants it: attention on slots, and on a GPU most of what lies between the products in our kernels."""
         model = self.valve.model
         before = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(ATTENTION)
         try:
-            with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
-                if self._faster is None or not current(self._faster):
+            if self._faster is None or not current(self._faster):
+                with kernels.on(model.device):
                     self._faster = self._find_faster()
-                with replaced(self._faster):
-                    yield
+            with replaced(self._faster):
+                yield
         finally:
             model.set_attn_implementation(before or "sdpa")
 
