@@ -321,6 +321,24 @@ def test_texts_of_many_chains_are_those_of_each() -> None:
     assert codec.completions([]) == []
 
 
+def test_prompts_become_the_ids_that_their_tokenizer_gives() -> None:
+    """Each prompt once, by the library behind the tokenizer; by the tokenizer where that library was set to cut or pad."""
+    tokenizer = checkpoints.load_tokenizer("tiny-reasoner")
+    prompts = ["Tom has 3.", "<|im_start|>user\nhé 😀<|im_end|>", "Tom has 3.", " ", "Tom has 4 and\n\n5."]
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    asked = [Request(str(i), prompt, i / 4, 10 + i) for i, prompt in enumerate(prompts)]
+    backend = tokenizer.backend_tokenizer
+    for how in ("as it is", "cuts", "pads"):
+        if how == "cuts":
+            backend.enable_truncation(2)
+        elif how == "pads":
+            backend.no_truncation()
+            backend.enable_padding(length=64)
+        found, refused = Codec(models.llama(), tokenizer).encode(asked)
+        assert refused == []
+        assert [(e.request, e.ids, e.room) for e in found] == [(r, i, r.max_new_tokens) for r, i in zip(asked, ids, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def reasoner() -> Valve:
     return Valve.load("tiny-reasoner", device="cpu")
