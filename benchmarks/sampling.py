@@ -132,7 +132,8 @@ def table(done: list[dict[str, Any]]) -> str:
         )
     steps = {part["part"]: part for part in done if "step_ms" in part}
     for name, part in steps.items():
-        lines.append(f"{name}: {part['step_ms']:.2f} ms a step, {part['kernels']} kernels that take {part['busy_ms']:.2f} ms")
+        kernels = f"{part['kernels']} kernels that take" if "kernels" in part else "of which the card works"
+        lines.append(f"{name}: {part['step_ms']:.2f} ms a step, {kernels} {part['busy_ms']:.2f} ms")
         if whole := part.get("whole"):
             lines.append(f"{name}: {whole['wall_ms']:,.0f} ms for all slots, of which the card works {whole['busy_ms']:,.0f}")
     if {"engine_profile", "engine_base_profile"} <= steps.keys():
