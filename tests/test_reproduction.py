@@ -256,7 +256,7 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
         elif isinstance(s, SweepSettings):
             held = s.split == "heldout"
             assert (step.name.endswith("-heldout"), s.seed if held else 0, s.temperature) == (held, 0, 0)
-            assert s.limit == (300 if held and path.stem not in ("briefer", "longer", "brief-math", "means") else None)
+            assert s.limit == (300 if held and path.stem not in ("briefer", "longer", "brief-math", "means", "many") else None)
             directions = named_directions(s.direction)
             assert "\n" not in s.direction
             swept.setdefault((step.name.partition("-")[0], held), set()).update(directions.values())
