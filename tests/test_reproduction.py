@@ -256,7 +256,7 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
         elif isinstance(s, SweepSettings):
             held = s.split == "heldout"
             assert (step.name.endswith("-heldout"), s.seed if held else 0, s.temperature) == (held, 0, 0)
-            assert s.limit == (300 if held and path.stem not in ("briefer", "longer", "brief-math", "means", "many") else None)
+            assert s.limit == (300 if held and path.stem not in ("briefer", "longer", "brief-math", "briefer-math", "means", "many") else None)
             directions = named_directions(s.direction)
             assert "\n" not in s.direction
             swept.setdefault((step.name.partition("-")[0], held), set()).update(directions.values())
@@ -326,10 +326,8 @@ def shrunk(path: Path, folder: Path) -> str:
             step["data"] = str(folder / "long.jsonl")
         elif data and not data.startswith("$"):
             step["data"] = "arithmetic"
-        if str(step.get("direction", "")).startswith("directions/"):
-            step["direction"] = "tiny-valve"
-        if "runs/means/" in str(step.get("direction", "")):
-            step["direction"] = re.sub("runs/means/[^,]+", "tiny-valve", step["direction"])
+        if "direction" in step:
+            step["direction"] = re.sub("(runs/means|directions)/[^,]+", "tiny-valve", step["direction"])
         if step["verb"] == "sweep":
             alphas = step["alphas"]
             step |= {"alphas": sorted({alphas[0], alphas[len(alphas) // 2], alphas[-1]}), "limit": 2, "max_new_tokens": 60}
