@@ -241,6 +241,8 @@ def systems_tables(here: Measured, held: Measured | None, dataset: str, against:
         labels: dict[float | None, list[str]] = {1.0: ["as trained"]} if 1.0 in dial else {}
         for rule, alpha in chosen.items():
             labels.setdefault(alpha, []).append(rule)
+        if not chosen and dial:  # no held-out question chose: the far end is a position that no result has chosen either
+            labels.setdefault(max(alpha or 0.0 for alpha in dial), []).append("end of the dial")
         made = [line(", ".join(rules), system, alpha, here, dataset, draws, against) for alpha, rules in labels.items() if alpha in dial]
         main += made
         shortest += [replace(each, label="shortest") for each in made if each.point.alpha == chosen.get("shortest")]
