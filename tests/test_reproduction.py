@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import means
+from benchmarks import means, side_by_side
 from cotvalve import Direction, pipeline, plan, problems
 from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError, SettingError
@@ -351,3 +351,35 @@ def test_a_recipe_runs_whole_when_shrunk(path: Path, tmp_path_factory: pytest.Te
     document = reproduction.document([home / "seed"], tables, PLAIN, 1.0, 99)
     assert all(f"## {table}: arithmetic" in document for table in tables)
     assert "most accurate" in document
+
+
+# --- several GPUs ----------------------------------------------------------------------------------------------------
+
+
+def test_steps_run_side_by_side_and_one_that_fails_holds_up_only_what_needs_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two processes (on a CPU), two recipes that share a step; what is made is what `cotvalve run` passes over."""
+    common = {"model": "tiny-reasoner", "prompt": "plain", "device": "cpu", "slots": 8, "batch": 8, "data": "arithmetic", "limit": 4}
+    train = {"verb": "train", "recipe": "valve"}
+    sweep = {"verb": "sweep", "direction": "A=$valve", "alphas": [0, 1], "max_new_tokens": 20}
+    steps = {
+        "one": {"valve": train, "first-arithmetic": sweep},
+        "two": {"valve": train, "lost": {**train, "data": str(tmp_path / "nothing.jsonl")}, "lost-sweep": {**sweep, "direction": "A=$lost"}, "second-arithmetic": {**sweep, "alphas": [0.5]}},
+    }
+    paths = [str(tmp_path / f"{name}.yaml") for name in steps]
+    for path, (name, some) in zip(paths, steps.items(), strict=True):
+        Path(path).write_text(yaml.safe_dump({"name": name, "common": common, "steps": some}, sort_keys=False), encoding="utf-8")
+    line = [*paths, "--out", str(tmp_path / "out"), "--gpus", "2", "--seeds", "3"]
+    assert side_by_side.main(line) == 1
+    said = capfd.readouterr()
+    assert said.out.count("begins") == 4  # valve once, two sweeps, and the one that fails
+    assert "nothing.jsonl" in said.err
+    assert "lost-sweep: what it needs is not made" in said.err
+    made = json.loads((tmp_path / "out" / "3" / "steps.json").read_text(encoding="utf-8"))
+    assert set(made) == {"valve", "first-arithmetic", "second-arithmetic"}
+    assert read_parquet(tmp_path / "out" / "3" / "first-arithmetic" / "rows.parquet")
+    before = (tmp_path / "out" / "3" / "valve" / "train.json").stat().st_mtime_ns
+    (tmp_path / "nothing.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}) + "\n", encoding="utf-8")
+    assert side_by_side.main(line) == 0
+    assert capfd.readouterr().out.count("begins") == 2
+    assert (tmp_path / "out" / "3" / "valve" / "train.json").stat().st_mtime_ns == before
+    assert all(path.exists() for _, path in pipeline.run(pipeline.read(paths[1], str(tmp_path / "out" / "3"), seed=3)))
