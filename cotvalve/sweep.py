@@ -183,7 +183,7 @@ def _examples(rows: dict[tuple[str, str], list[Json]], sets: dict[str, list[Prob
     """The first question of each data set at five alphas of each direction; never picked by its answers."""
     for (name, system), found in rows.items():
         alphas = sorted({row["alpha"] for row in found if row["alpha"] is not None})
-        if len(alphas) < 2:
+        if len(alphas) < 2 or "text" not in found[0]:  # published rows are without
             continue
         chosen = [alphas[round(i * (len(alphas) - 1) / 4)] for i in range(5)] if len(alphas) > 5 else alphas
         problem = sets[name][0]
