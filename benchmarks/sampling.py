@@ -1,7 +1,7 @@
 """What sampling at mixed alphas costs: one command, every system on the same card, one JSON line per part.
 
     python benchmarks/sampling.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --out sampling.jsonl
-    python benchmarks/sampling.py --read results/performance-h100-3/engine-05.jsonl      # the table of an earlier run
+    python benchmarks/sampling.py --read results/performance-h100-4/engine-05.jsonl      # the table of an earlier run
     python benchmarks/sampling.py --model tiny-reasoner --requests 64 --parts engine_base,engine,generate,generate_base
 
 Parts, each in a process of its own, so that one that fails loses nothing of the others:

@@ -90,10 +90,10 @@ def start(gpu: int) -> Worker:
     context = get_context("spawn")
     here, there = context.Pipe()
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # What an outer setting allows is dealt out, and not the machine's own numbers.
-    allowed = before.split(",") if before else [str(gpu)] * (gpu + 1)
+    # What an outer setting allows is dealt out, and not the machine's own numbers; none stays none.
+    allowed = [str(gpu)] if before is None else before.split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = allowed[gpu % len(allowed)]
-    process = context.Process(target=work, args=(there,), daemon=False)
+    process = context.Process(target=work, args=(there,))
     process.start()
     if before is None:
         del os.environ["CUDA_VISIBLE_DEVICES"]
@@ -137,7 +137,8 @@ def run(queue: Queue, gpus: int) -> None:
                     try:
                         why, where = worker.pipe.recv()
                     except EOFError:
-                        why, where = f"its process died (exit code {(worker.process.join(), worker.process.exitcode)[1]})", ""
+                        worker.process.join()
+                        why, where = f"its process died (exit code {worker.process.exitcode})", ""
                     if why:
                         queue.begun.discard(worker.key)
                         queue.failed[worker.key] = why
