@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cotvalve.errors import DataError
 from cotvalve.prompts import prompt, render, target
@@ -29,10 +29,14 @@ COARSE = 1024
 
 
 def encode(stage: Stage, tokenizer: PreTrainedTokenizerBase, ask: str, max_length: int) -> tuple[list[Json], int]:
-    """Examples as token ids: input_ids, labels (prompt positions are -100), alpha; and how many were too long."""
+    """Examples as token ids: input_ids, labels (prompt positions are -100), alpha, weight; and how many were too long.
+
+    Rows have no weight where every example of the stage counts once.
+    """
     how = prompt(ask)
     rows: list[Json] = []
     too_long = 0
+    weighted = any(example.weight != 1 for example in stage.examples)
     for example in stage.examples:
         before = render(tokenizer, example.problem.question, how)
         start = tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -41,13 +45,15 @@ def encode(stage: Stage, tokenizer: PreTrainedTokenizerBase, ask: str, max_lengt
             too_long += 1
             continue
         rows.append({"input_ids": start + end, "labels": [IGNORED] * len(start) + end, "alpha": example.alpha})
+        if weighted:
+            rows[-1]["weight"] = example.weight
     if not rows:
         raise DataError(f"stage '{stage.name}': 0 of {len(stage.examples)} examples fit {max_length} tokens; raise max_length")
     return rows, too_long
 
 
 def pack(rows: Sequence[Json], length: int) -> list[Json]:
-    """Rows of up to `length` tokens, first fit by falling length; positions restart, alpha becomes per token."""
+    """Rows of up to `length` tokens, first fit by falling length; positions restart, alpha (and weight) become per token."""
     bins: list[list[Json]] = []
     room: list[int] = []
     for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
@@ -65,6 +71,7 @@ def pack(rows: Sequence[Json], length: int) -> list[Json]:
             "labels": [label for row in packed for label in row["labels"]],
             "alpha": [row["alpha"] for row in packed for _ in row["input_ids"]],
             "position_ids": [i for row in packed for i in range(len(row["input_ids"]))],
+            **({"weight": [row["weight"] for row in packed for _ in row["input_ids"]]} if "weight" in packed[0] else {}),
         }
         for packed in bins
     ]
@@ -104,7 +111,8 @@ def portions(rows: Sequence[Json], tokens: int, most: int | None = None, *, flat
 def collate(rows: Sequence[Json]) -> dict[str, Tensor]:
     """Pads on the right: input_ids and labels [B, T]; alpha [B], or [B, T] and position_ids for packed rows.
 
-    `places` says which of the B * T positions, counted through, predict a token that is learned.
+    `places` says which of the B * T positions, counted through, predict a token that is learned; `weights` and `before` have
+    a number for each of them where rows have weights and know their log p.
     """
     width = max(len(row["input_ids"]) for row in rows)
 
@@ -118,7 +126,9 @@ def collate(rows: Sequence[Json]) -> dict[str, Tensor]:
         batch["alpha"] = padded("alpha", 0.0)
     else:
         batch["alpha"] = torch.tensor([row["alpha"] for row in rows])
-    return batch
+    if "weight" in rows[0]:
+        batch["weights"] = torch.stack([_each(row["weight"], width) for row in rows]).flatten()[batch["places"]]
+    return batch | _before(rows)
 
 
 def collate_flat(rows: Sequence[Json]) -> dict[str, Any]:
@@ -136,11 +146,15 @@ def collate_flat(rows: Sequence[Json]) -> dict[str, Any]:
     labels = torch.tensor([list(chain.from_iterable(row["labels"] for row in rows))])
     labels[0, starts[:-1]] = IGNORED  # no token stands before the first one of a row
     first = torch.tensor(starts[:-1])
-    alphas = [torch.tensor(row["alpha"], dtype=torch.float32).expand(len(row["input_ids"])) for row in rows]
+    alphas = [_each(row["alpha"], len(row["input_ids"])) for row in rows]
+    learned = places(labels)
+    weights = [_each(row["weight"], len(row["input_ids"])) for row in rows if "weight" in row]
     return {
         "input_ids": torch.tensor([list(chain.from_iterable(row["input_ids"] for row in rows))]),
         "labels": labels,
-        "places": places(labels),
+        "places": learned,
+        **({"weights": torch.cat(weights)[learned]} if weights else {}),
+        **_before(rows),
         "position_ids": (torch.arange(begin) - first.repeat_interleave(torch.tensor(lengths)))[None],
         "alpha": torch.cat(alphas)[None],
         "starts": torch.tensor(starts, dtype=torch.int32),
@@ -149,7 +163,17 @@ def collate_flat(rows: Sequence[Json]) -> dict[str, Any]:
     }
 
 
+def _before(rows: Sequence[Json]) -> dict[str, Tensor]:
+    return {"before": torch.tensor([p for row in rows for p in row["before"]])} if "before" in rows[0] else {}
+
+
+def _each(value: float | Sequence[float], tokens: int) -> Tensor:
+    """One number for each of `tokens` positions, of a row's own or of one for each token."""
+    given = torch.tensor(value, dtype=torch.float32)
+    return given.expand(tokens) if given.ndim == 0 else nn.functional.pad(given, (0, tokens - len(given)))
+
+
 def places(labels: Tensor) -> Tensor:
     """Positions of `labels` [B, T], counted through, whose next token in the row is learned."""
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return (following != IGNORED).flatten().nonzero()[:, 0]

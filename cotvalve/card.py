@@ -25,7 +25,7 @@ BASE_SHA256, DIRECTION_SHA256 = "base_sha256", "direction_sha256"
 FUSED = "cotvalve_fused"
 """The field of a model's config that says it was made by fusing a direction in."""
 
-Method = Literal["valve", "plus", "progressive", "extract", "adapter"]
+Method = Literal["valve", "plus", "progressive", "reward", "extract", "adapter"]
 """What made a direction; 'adapter' is a PEFT adapter made elsewhere."""
 
 

@@ -6,16 +6,17 @@ Sets from elsewhere may hold questions that results are reported on; those are r
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotvalve.answers import boxes
 from cotvalve.errors import DataError
-from cotvalve.problems import NAMES
+from cotvalve.problems import NAMES, training
 from cotvalve.problems.dataset import hub_rows
 from cotvalve.problems.unseen import origin
-from cotvalve.records import Json, read_json, read_jsonl, read_parquet
-from cotvalve.types import Chain, MixChain, Problem
+from cotvalve.records import Json, RowStore, read_json, read_jsonl, read_parquet
+from cotvalve.types import Chain, Judged, MixChain, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +74,27 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
     if not any(m.chains for m in mix):
         raise DataError(f"{source}: no right chain in it")
     return mix
+
+
+def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[Problem, list[Judged]]], Json]:
+    """Every chain that a finished run of `mix` sampled, right or not, by question; and what its run.json says.
+
+    Chains of a run without a direction are those of a direction that is still zero, at alpha 1. Raises DataError for
+    anything but such a folder.
+    """
+    path = Path(folder)
+    if not _own(path) or not (path / "mix.json").exists():
+        raise DataError(f"{folder}: not a finished run folder of `cotvalve mix`, whose wrong chains are needed as well as the right ones")
+    made = read_json(path / "run.json")
+    how = made["settings"]
+    known = {problem.id: problem for problem in training(how["data"], data_dir=data_dir, limit=how["limit"], seed=how["seed"])}
+    found: dict[str, list[Judged]] = {name: [] for name in known}
+    with closing(RowStore(path / "rows.sqlite")) as store:
+        for row in store.rows():
+            if row["finish"] != "error":
+                chain = Chain(row["text"], row["tokens"], row["alpha"] if how["direction"] else 1.0)
+                found[row["problem"]].append(Judged(chain, row["correct"], row["finish"] == "length"))
+    return [(known[name], chains) for name, chains in found.items()], made
 
 
 def _answer(row: Json) -> str:

@@ -25,7 +25,7 @@ from cotvalve.batches import IGNORED, collate, collate_flat, portions
 from cotvalve.batches import places as learned_places
 from cotvalve.direction import CARD, Card
 from cotvalve.errors import EngineError
-from cotvalve.headloss import LOSS_SLICE, HeadLoss, compiled, loss_and_slope
+from cotvalve.headloss import LOSS_SLICE, HeadLoss, Worth, compiled, loss_and_slope
 from cotvalve.lean import Position
 from cotvalve.records import Json, disk, whole_files
 from cotvalve.types import Progress
@@ -35,43 +35,71 @@ from cotvalve.valve import Valve
 class Learner(nn.Module):
     """The model as the Trainer sees it: token ids and alphas in, loss out."""
 
-    def __init__(self, valve: Valve, position: Position | None = None) -> None:
+    def __init__(self, valve: Valve, position: Position | None = None, trust: float = 0.2) -> None:
         super().__init__()
-        self.model, self.position = valve.model, position
+        self.model, self.position, self.trust = valve.model, position, trust
         config = valve.model.config
         scaled = ("logits_scaling", "logit_scale", "final_logit_softcapping")
         self.plain_head = not any(getattr(config, name, None) for name in scaled)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, divisor: Tensor | float, places: Tensor | None = None,
-        position_ids: Tensor | None = None, **rows: Any,
+        position_ids: Tensor | None = None, weights: Tensor | None = None, before: Tensor | None = None, **rows: Any,
     ) -> Tensor:  # fmt: skip
         """Summed cross-entropy of the labelled positions over `divisor`. `rows` tells our attention where rows start.
 
-        Logits are made for those positions alone and a slice at a time: 150k-word vocabularies would fill
+        `weights` has one number for each of `places`, where examples do not count alike, and `before` the log p that the
+        token had. Logits are made for those positions alone and a slice at a time: 150k-word vocabularies would fill
         the memory otherwise.
         """
+        worth = None if weights is None else Worth(weights, before, self.trust)
         if not self.plain_head:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows).logits[:, :-1]
-            return _cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()) / divisor
-        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows)[0]
-        places = learned_places(labels) if places is None else places
-        # Where to look was counted before the batch went to the GPU: a mask would stop and ask it how many there are.
-        states, targets = hidden.flatten(0, 1).index_select(0, places), labels.flatten()[places + 1]
+            logits, targets = self._logits(input_ids, labels, places, position_ids, **rows)
+            return _cross_entropy(logits, targets, worth).sum() / divisor
+        states, targets = self._states(input_ids, labels, places, position_ids, **rows)
         head = self.model.get_output_embeddings()
         assert head is not None
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             slope = compiled() if self.position is not None and self.position.compiled else loss_and_slope
-            loss: Any = HeadLoss.apply(states, targets, head.weight, head.bias, slope)
+            loss: Any = HeadLoss.apply(states, targets, head.weight, head.bias, worth, slope)
             return loss / divisor
         total = states.new_zeros((), dtype=torch.float32)
-        for part, wanted in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
-            total = total + checkpoint(lambda s, t: _cross_entropy(head(s), t), part, wanted, use_reentrant=False)
+        for start in range(0, len(states), LOSS_SLICE):
+            part = slice(start, start + LOSS_SLICE)
+            own = None if worth is None else worth[part]
+            total = total + checkpoint(lambda s, t, w: _cross_entropy(head(s), t, w).sum(), states[part], targets[part], own, use_reentrant=False)
         return total / divisor
 
+    @torch.no_grad()
+    def likelihoods(self, input_ids: Tensor, labels: Tensor, places: Tensor, position_ids: Tensor | None = None, **rows: Any) -> Tensor:
+        """log p of each labelled token [N], in the order of `places`."""
+        if not self.plain_head:
+            return -_cross_entropy(*self._logits(input_ids, labels, places, position_ids, **rows))
+        states, targets = self._states(input_ids, labels, places, position_ids, **rows)
+        head: Any = self.model.get_output_embeddings()
+        return -torch.cat([_cross_entropy(head(s), t) for s, t in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True)])
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    def _states(
+        self, input_ids: Tensor, labels: Tensor, places: Tensor | None, position_ids: Tensor | None, **rows: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states before the learned tokens [N, hidden], and those tokens [N]."""
+        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows)[0]
+        # Where to look was counted before the batch went to the GPU: a mask would stop and ask it how many there are.
+        places = learned_places(labels) if places is None else places
+        return hidden.flatten(0, 1).index_select(0, places), labels.flatten()[places + 1]
+
+    def _logits(
+        self, input_ids: Tensor, labels: Tensor, places: Tensor | None, position_ids: Tensor | None, **rows: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The same with the model's own logits [N, vocabulary], where it scales or caps them."""
+        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows).logits
+        places = learned_places(labels) if places is None else places
+        return logits.flatten(0, 1).index_select(0, places), labels.flatten()[places + 1]
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, worth: Worth | None = None) -> Tensor:
+    loss = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return loss if worth is None else worth.of(loss)
 
 
 class _Order(LengthGroupedSampler):
@@ -117,8 +145,10 @@ class ValveTrainer(Trainer):
     One batch of the Trainer's is a whole optimizer step; here it is parted by tokens.
     """
 
-    def __init__(self, valve: Valve, card: Card, skip: SkipBadSteps, at_once: AtOnce, position: Position, **kwargs: Any) -> None:
-        super().__init__(model=Learner(valve, position), data_collator=_together, callbacks=[skip], **kwargs)
+    def __init__(
+        self, valve: Valve, card: Card, skip: SkipBadSteps, at_once: AtOnce, position: Position, trust: float = 0.2, **kwargs: Any
+    ) -> None:
+        super().__init__(model=Learner(valve, position, trust), data_collator=_together, callbacks=[skip], **kwargs)
         skip.trainer = self
         # The library prints nothing: losses reach the user through `progress`.
         self.remove_callback(PrinterCallback)
@@ -155,16 +185,29 @@ class ValveTrainer(Trainer):
             torch.cuda.empty_cache()
             self.skip.progress(self.skip.stage, self.state.global_step, self.state.max_steps, note)
 
+    def remember(self, rows: Sequence[Json]) -> None:
+        """Gives each row `before`: the log p of its learned tokens now, before the first step."""
+        model: Any = self.model
+        model.eval()
+        for part in portions(rows, self.at_once.tokens, self.at_once.rows, flat=self.at_once.flat):
+            batch, alpha = self._batch(part)
+            batch.pop("weights", None)
+            with self.position.at(alpha), self.compute_loss_context_manager():
+                found = model.likelihoods(**batch).float().cpu()
+            for row, own in zip(part, found.split([_learned(row) for row in part]), strict=True):
+                row["before"] = own.tolist()
+
+    def _batch(self, rows: Sequence[Json]) -> tuple[dict[str, Any], Tensor]:
+        """Rows on the GPU, and their alphas."""
+        made = collate_flat(rows) if self.at_once.flat else collate(rows)
+        batch = {name: _to(value, self.args.device) if isinstance(value, Tensor) else value for name, value in made.items()}
+        return batch, batch.pop("alpha")
+
     def _learn(self, model: nn.Module, parts: Sequence[Sequence[Json]]) -> Tensor:
-        device = self.args.device
-        total = torch.zeros((), device=device)
-        tokens = sum(len(row["labels"]) - row["labels"].count(IGNORED) - (row["labels"][0] != IGNORED) for rows in parts for row in rows)
+        total = torch.zeros((), device=self.args.device)
+        tokens = sum(_learned(row) for rows in parts for row in rows)
         for rows in parts:
-            batch = {
-                name: _to(value, device) if isinstance(value, Tensor) else value
-                for name, value in (collate_flat(rows) if self.at_once.flat else collate(rows)).items()
-            }
-            alpha = batch.pop("alpha")
+            batch, alpha = self._batch(rows)
             # Around the backward pass too: gradient checkpointing runs the forward again inside it.
             with self.position.at(alpha):
                 with self.compute_loss_context_manager():
@@ -184,6 +227,11 @@ class ValveTrainer(Trainer):
         else:
             plain = type(self.valve.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
             self.valve.model.load_state_dict(plain.state_dict())
+
+
+def _learned(row: Json) -> int:
+    """Tokens that are predicted: nothing predicts the first one of a row."""
+    return len(row["labels"]) - row["labels"].count(IGNORED) - (row["labels"][0] != IGNORED)
 
 
 def _together(rows: Sequence[Json]) -> dict[str, StepRows]:

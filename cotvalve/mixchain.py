@@ -16,6 +16,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from cotvalve.chains import is_mixchain as is_mixchain
+from cotvalve.chains import judged as judged
 from cotvalve.chains import load as load
 from cotvalve.engines import pick
 from cotvalve.errors import SettingError

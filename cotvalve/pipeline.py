@@ -56,7 +56,7 @@ VERBS: dict[str, Verb] = {
         "cotvalve extract Qwen/Qwen2.5-Math-7B deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --rank 64 --out runs/pair\n\nThen: cotvalve sweep --direction runs/pair",
     ),
     "train": Verb(
-        "cotvalve.train", "TrainSettings", "Learn a direction: valve, plus (++) or progressive (+P).", ("recipe",),
+        "cotvalve.train", "TrainSettings", "Learn a direction: valve, plus (++), progressive (+P) or reward.", ("recipe",),
         example="cotvalve train valve --model MODEL --data gsm8k --out runs/valve\n\nThen: cotvalve mix --direction runs/valve, and train plus --data runs/mix",
     ),
     "mix": Verb(

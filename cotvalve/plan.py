@@ -184,6 +184,9 @@ def _train(plan: _Plan, step: Step, settings: TrainSettings) -> Line:
     if settings.recipe == "plus":
         # The longest chain of a question has beta 0 and is skipped.
         count = questions * (chains.per_question + -1)
+    elif settings.recipe == "reward":
+        # Wrong chains are learned from too, and chains worth as much as the others of their question are not.
+        count = questions * chains.per_question
     elif settings.recipe == "progressive":
         stages = settings.stages or len(chains.solutions) or math.ceil(chains.per_question.high)
         if chains.solutions:

@@ -1,18 +1,21 @@
-"""The three ways to train, as three functions from MixChain to stages of examples.
+"""The ways to train, each a function from chains to stages of examples.
 
     valve        the short chain of each question at alpha 1                       eq. 2
     plus         every chain of a question at alpha = beta(chain)                  eq. 3, 4
     progressive  stage k = chain k of every question, long to short, at alpha 1    section 3.3, Table 7
+    reward       every sampled chain, right or wrong, at the alpha it was sampled at, by what it is worth
 
-An example is a chain and the position of the valve it is learned at; `train.fit` does the rest. A new
-recipe is one function.
+The first three are the paper's. An example is a chain and the position of the valve it is learned at; `train.fit`
+does the rest. A new recipe is one function.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from cotvalve.errors import DataError, SettingError
-from cotvalve.types import Chain, MixChain, Problem
+from cotvalve.types import Chain, Judged, MixChain, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class Example:
     problem: Problem
     chain: Chain
     alpha: float
+    weight: float = 1.0
+    """How much each of its tokens counts in the loss; below 0 the chain becomes less likely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Stage:
     name: str
     examples: tuple[Example, ...]
     skipped: int = 0
-    """Chains left out because eq. 4 gives them no position or no gradient."""
+    """Chains left out because eq. 4 gives them no position or no gradient, or because a reward tells nothing of them."""
 
 
 def beta(tokens: int, shortest: int, longest: int) -> float | None:
@@ -119,6 +124,54 @@ def progressive(mix: Sequence[MixChain], stages: int | None = None) -> list[Stag
     if count < 2:
         raise DataError("progressive compression needs questions with two chains or more; run `mix` with more alphas")
     return [_ranked(mix, k, count) for k in range(count)]
+
+
+def worths(chains: Sequence[Judged], brevity: float) -> list[float]:
+    """What each of a question's chains at one position is worth against the others: its reward less their mean.
+
+    A wrong or truncated chain earns 0, the shortest right one 1, the longest right one 1 - brevity, between them on the
+    scale of eq. 4. The mean of one's own group is the baseline of GRPO (arXiv 2402.03300), without its division by the
+    deviation, which favours questions that are nearly always right or nearly never (arXiv 2503.20783).
+
+    >>> def judged(tokens, right): return Judged(Chain("", tokens, 1.0), right)
+    >>> worths([judged(100, True), judged(300, True), judged(50, False)], brevity=0.5)
+    [0.5, 0.0, -0.5]
+    """
+    lengths = [one.chain.tokens for one in chains if one.right]
+
+    def earned(one: Judged) -> float:
+        if not one.right:
+            return 0.0
+        short = beta(one.chain.tokens, min(lengths), max(lengths))
+        return 1.0 if short is None else 1 - brevity * (1 - short)
+
+    rewards = [earned(one) for one in chains]
+    return [each - mean(rewards) for each in rewards]
+
+
+def reward(sampled: Sequence[tuple[Problem, Sequence[Judged]]], brevity: float) -> list[Stage]:
+    """A step up the reward, at each position of the dial by itself: policy gradient on chains just sampled.
+
+    Not in the paper: eq. 3 with every chain at the alpha it was sampled at, wrong ones too, weighted by `worths`. The
+    gradient of mean reward with respect to delta at alpha is E[worth * d log p(chain | alpha)], as long as the chains are
+    the learned direction's own: sample at temperature 1, train for one epoch, and sample anew. Truncated chains count in
+    their group's mean and are not learned. Raises DataError when no group has chains of different worth.
+    """
+    examples: list[Example] = []
+    skipped = 0
+    for problem, chains in sampled:
+        groups: dict[float, list[Judged]] = defaultdict(list)
+        for one in chains:
+            groups[one.chain.alpha or 0.0].append(one)
+        for alpha, group in groups.items():
+            for one, worth in zip(group, worths(group, brevity), strict=True):
+                if worth and alpha and not one.truncated:
+                    examples.append(Example(problem, one.chain, alpha, worth))
+                else:
+                    skipped += 1
+    if not examples:
+        raise DataError(f"all {skipped} chains are worth as much as the others of their question: nothing to learn; sample several at each alpha but 0")
+    return [Stage("reward", tuple(examples), skipped)]
 
 
 def _columns(mix: Sequence[MixChain]) -> list[int]:

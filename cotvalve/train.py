@@ -1,8 +1,8 @@
 """Stage 3: fit(examples, each with its alpha). CoT-Valve, CoT-Valve++ and CoT-Valve+P are stages of it.
 
 Comes in: a base model, stages of examples (recipes.py). Goes out: a direction's folder in PEFT's format. The
-loss is the cross-entropy of the chain's own tokens, prompt excluded, averaged over all of them in a step;
-each row of a batch goes through theta + alpha * delta with its own alpha (eq. 2 and 3). Training runs on
+loss is the cross-entropy of the chain's own tokens, prompt excluded, averaged over all of them in a step (times the
+example's weight, where examples have one); each row of a batch goes through theta + alpha * delta with its own alpha (eq. 2 and 3). Training runs on
 `transformers.Trainer`: gradient accumulation, checkpoints, and a killed run that goes on to the same weights.
 Batches are made in batches.py, the loss and the Trainer are in learner.py.
 """
@@ -23,6 +23,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from cotvalve.batches import IGNORED, encode, pack
+from cotvalve.card import DIRECTION_SHA256
 from cotvalve.direction import Card
 from cotvalve.errors import DataError, SettingError
 from cotvalve.lean import Position, can_lie_flat, lean
@@ -32,7 +33,7 @@ from cotvalve.prompts import thinks
 from cotvalve.records import Json, Run, disk, read_json, write_json
 from cotvalve.settings import ModelSettings, Settings
 from cotvalve.taskvector import TaskVector
-from cotvalve.types import Progress, Toward, silent
+from cotvalve.types import Problem, Progress, Toward, silent
 from cotvalve.valve import Valve
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class FitSettings(Settings):
     """AdamW's weight decay."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
+    trust: float = 0.2
+    """Reward: how far a token may move from how likely it was when sampled, as PPO bounds it; 0 does not bound it."""
     epochs: float = 1.0
     """Passes over the examples, per stage."""
     batch: int = 64
@@ -222,9 +225,11 @@ def _fit_stage(
     )  # fmt: skip
     # DataParallel, the Trainer's choice on a host with several GPUs, would part the rows from their alphas.
     arguments._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
-    trainer = ValveTrainer(valve, card, skip, at_once, how.position, train_dataset=rows, args=arguments)
+    trainer = ValveTrainer(valve, card, skip, at_once, how.position, settings.trust, train_dataset=rows, args=arguments)
     progress(stage.name, 0, max(1, math.ceil(count / settings.batch * settings.epochs)), f"{count} examples, {tokens:,} tokens")
     last = _last_checkpoint(home)
+    if settings.trust and "weight" in rows[0]:
+        trainer.remember(rows)  # with the weights that the stage begins with, also where it goes on from a checkpoint
     with disk(home):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         # A last checkpoint marks the stage as done: run again, the Trainer finds no step left in it.
@@ -255,8 +260,8 @@ def _last_checkpoint(home: Path) -> Path | None:
 class TrainSettings(ModelSettings, FitSettings):
     """Settings of `train`."""
 
-    recipe: Literal["valve", "plus", "progressive"] = "valve"
-    """valve (eq. 2), plus (CoT-Valve++, eq. 3 and 4) or progressive (CoT-Valve+P)."""
+    recipe: Literal["valve", "plus", "progressive", "reward"] = "valve"
+    """valve (eq. 2), plus (CoT-Valve++, eq. 3 and 4), progressive (CoT-Valve+P) or reward (policy gradient on chains of `mix`)."""
     data: str = "gsm8k"
     """A data set with human-written solutions (cold start, recipe valve), or MixChain: a run folder of `mix`, a file, or a hub id."""
     limit: int | None = None
@@ -271,6 +276,8 @@ class TrainSettings(ModelSettings, FitSettings):
     """Progressive: number of stages; by default the largest number of chains of a question. Valve: solution is one of so many."""
     solution: int | None = None
     """Valve: train on this solution instead of the shortest chain (the authors' column, else the rank from the longest, 0)."""
+    brevity: float = 0.2
+    """Reward: what the longest right chain of a question earns less than the shortest, which earns 1."""
     toward: Toward = "shorter"
     """Where chains go as alpha grows."""
     out: str = "runs/train"
@@ -279,31 +286,13 @@ class TrainSettings(ModelSettings, FitSettings):
 
 def run(settings: TrainSettings, progress: Progress = silent) -> Path:
     """Trains a direction and writes it into the run folder, which is returned."""
-    from cotvalve import mixchain, recipes
-
     valve = settings.load_valve(settings.direction or None)
     if settings.direction and not valve.rows:
         raise SettingError(f"direction '{settings.direction}' is no LoRA; training goes on from LoRA directions only")
     if not settings.direction and not settings.full:
         torch.manual_seed(settings.seed)
         valve = Valve.fresh(valve.model, valve.tokenizer, settings.lora(valve.model))
-    if not mixchain.is_mixchain(settings.data):
-        if settings.recipe != "valve":
-            raise SettingError(f"recipe '{settings.recipe}' needs several chains per question; give the run folder of `cotvalve mix` as --data")
-        problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
-        thinking = thinks(valve.tokenizer) if settings.thinking == "auto" else settings.thinking == "yes"
-        mix = mixchain.short_chains(problems, valve.tokenizer, thinking)
-    else:
-        mix = mixchain.load(settings.data, valve.tokenizer)
-        if settings.limit is not None:
-            mix = subset(mix, settings.limit, settings.seed, lambda m: m.problem.id)
-        problems = [m.problem for m in mix]
-    if settings.recipe == "progressive":
-        stages = recipes.progressive(mix, settings.stages)
-    elif settings.recipe == "valve":
-        stages = recipes.valve(mix, settings.solution, settings.stages)
-    else:
-        stages = recipes.plus(mix)
+    problems, stages = _stages(settings, valve)
     facts = {**valve.facts(), "data": f"{settings.data} ({len(problems)} questions, {fingerprint(problems)[:12]})"}
     decisive = settings.model_dump(mode="json", exclude={"out", "data_dir", "device", "checkpoint_every"})
     folder = Path(settings.out)
@@ -318,3 +307,44 @@ def run(settings: TrainSettings, progress: Progress = silent) -> Path:
                 replace(TaskVector.between(settings.model, folder), card=card).save(folder)
         write_json(folder / "train.json", report)
     return folder
+
+
+def _stages(settings: TrainSettings, valve: Valve) -> tuple[list[Problem], list[Stage]]:
+    """What is learned, and the questions it is about."""
+    from cotvalve import mixchain, recipes
+
+    if settings.recipe == "reward":
+        sampled, made = mixchain.judged(settings.data, settings.data_dir)
+        _check_own(settings, made, valve)
+        if settings.limit is not None:
+            sampled = subset(sampled, settings.limit, settings.seed, lambda pair: pair[0].id)
+        return [problem for problem, _ in sampled], recipes.reward(sampled, settings.brevity)
+    if not mixchain.is_mixchain(settings.data):
+        if settings.recipe != "valve":
+            raise SettingError(f"recipe '{settings.recipe}' needs several chains per question; give the run folder of `cotvalve mix` as --data")
+        problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
+        thinking = thinks(valve.tokenizer) if settings.thinking == "auto" else settings.thinking == "yes"
+        mix = mixchain.short_chains(problems, valve.tokenizer, thinking)
+    else:
+        mix = mixchain.load(settings.data, valve.tokenizer)
+        if settings.limit is not None:
+            mix = subset(mix, settings.limit, settings.seed, lambda m: m.problem.id)
+        problems = [m.problem for m in mix]
+    if settings.recipe == "progressive":
+        return problems, recipes.progressive(mix, settings.stages)
+    if settings.recipe == "valve":
+        return problems, recipes.valve(mix, settings.solution, settings.stages)
+    return problems, recipes.plus(mix)
+
+
+def _check_own(settings: TrainSettings, made: Json, valve: Valve) -> None:
+    """Refuses chains that are no sample of what is about to learn: a policy gradient is wrong on them."""
+    how, name = made["settings"], settings.data
+    if how["temperature"] != 1 or how["top_p"] != 1:
+        raise SettingError(f"{name}: sampled at temperature {how['temperature']:g}, top_p {how['top_p']:g}; reward needs both at 1")
+    if how["prompt"] != settings.prompt:
+        raise SettingError(f"{name}: asked with the prompt '{how['prompt']}', training would ask with '{settings.prompt}'; give --prompt {how['prompt']}")
+    theirs, own = made["facts"].get(DIRECTION_SHA256), valve.facts().get(DIRECTION_SHA256) if settings.direction else None
+    if theirs != own:
+        raise SettingError(f"{name}: chains of another direction ({how['direction'] or 'none'}) than the one that learns "
+                           f"({settings.direction or 'a new one'}); reward goes on from the direction that was sampled")  # fmt: skip

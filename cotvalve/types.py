@@ -105,6 +105,15 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """A sampled chain, right or not."""
+
+    chain: Chain
+    right: bool
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MixChain:
     """A question with several right chains of different lengths (the paper's MixChain)."""
 

@@ -1,0 +1,309 @@
+"""Learning by reward: what chains are worth, weights in the loss, and what a step does to right and wrong chains."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cotvalve import Valve
+from cotvalve.batches import collate, collate_flat, encode, pack
+from cotvalve.chains import judged
+from cotvalve.direction import Card, Direction
+from cotvalve.errors import DataError, SettingError
+from cotvalve.headloss import Worth, compiled
+from cotvalve.learner import Learner
+from cotvalve.mixchain import MixSettings
+from cotvalve.mixchain import run as mix
+from cotvalve.recipes import Example, Stage, reward, worths
+from cotvalve.records import Json, read_json, write_json
+from cotvalve.train import TrainSettings
+from cotvalve.train import run as train
+from cotvalve.types import Chain, Judged, Problem
+from tests import models
+from tests.test_train import assert_same_bits, assert_same_gradients, fit, settings, turned
+
+SEVEN = Problem("p", "3+4?", "7")
+
+
+def one(tokens: int, *, right: bool, alpha: float = 1.0, text: str = "", truncated: bool = False) -> Judged:
+    return Judged(Chain(text or f"{tokens} {right}", tokens, alpha), right, truncated)
+
+
+# What a chain is worth
+
+
+def test_a_right_chain_is_worth_more_than_a_wrong_one_and_a_short_one_more_than_a_long_one() -> None:
+    group = [one(100, right=True), one(200, right=True), one(300, right=True), one(50, right=False)]
+    assert worths(group, 0.0) == pytest.approx([0.25, 0.25, 0.25, -0.75])
+    assert worths(group, 0.4) == pytest.approx([1 - 0.6, 0.8 - 0.6, 0.6 - 0.6, -0.6])
+
+
+def test_where_all_chains_earn_the_same_nothing_is_learned() -> None:
+    for right in (True, False):
+        assert worths([one(100, right=right)] * 3, 0.5) == [0, 0, 0]
+    with pytest.raises(DataError, match="all 3 chains are worth as much"):
+        reward([(SEVEN, [one(100, right=True)] * 3)], 0.5)
+
+
+def test_each_position_is_a_group_of_its_own() -> None:
+    """A long chain at 0.5 is not measured against the short ones at 1."""
+    (stage,) = reward([(SEVEN, [
+        one(300, right=True, alpha=0.5), one(400, right=True, alpha=0.5), one(100, right=True), one(90, right=False),
+    ])], 0.2)  # fmt: skip
+    assert [(e.alpha, e.chain.tokens, round(e.weight, 6)) for e in stage.examples] == [(0.5, 300, 0.1), (0.5, 400, -0.1), (1, 100, 0.5), (1, 90, -0.5)]
+
+
+def test_truncated_chains_count_in_the_mean_and_are_not_learned() -> None:
+    (stage,) = reward([(SEVEN, [one(100, right=True), one(640, right=False, truncated=True)])], 0.2)
+    assert [(e.chain.tokens, e.weight) for e in stage.examples] == [(100, 0.5)]
+    assert stage.skipped == 1
+
+
+def test_the_plain_end_of_the_dial_is_not_learned() -> None:
+    with pytest.raises(DataError, match="at each alpha but 0"):
+        reward([(SEVEN, [one(100, right=True, alpha=0.0), one(90, right=False, alpha=0.0)])], 0.2)
+
+
+# Weights in the loss
+
+
+TEXTS, WEIGHTS, ALPHAS = ("2", "it is 7 because 3 + 4", "no", "then 5 - 2 = 3"), (0.5, -0.25, 1.0, -1.5), (1.0, 0.5, 1.5, 0.7)
+
+
+def weighted(texts: tuple[str, ...] = TEXTS, weights: tuple[float, ...] = WEIGHTS, alphas: tuple[float, ...] = ALPHAS) -> list[Json]:
+    found = tuple(Example(SEVEN, Chain(t, len(t)), a, w) for t, a, w in zip(texts, alphas, weights, strict=True))
+    return encode(Stage("s", found), models.tokenizer(), "plain", 4096)[0]
+
+
+def loss_and_gradients(valve: Valve, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    batch = dict(batch)
+    valve.model.zero_grad()
+    with valve.at(batch.pop("alpha")):
+        loss = Learner(valve)(**batch, divisor=1.0)
+        loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in valve.model.named_parameters() if p.grad is not None}
+
+
+def by_hand(valve: Valve) -> tuple[float, dict[str, Tensor]]:
+    """Each chain's own loss times its weight, one after the other."""
+    total, summed = 0.0, dict[str, Tensor]()
+    for text, weight, alpha in zip(TEXTS, WEIGHTS, ALPHAS, strict=True):
+        loss, gradients = loss_and_gradients(valve, collate(weighted((text,), (1.0,), (alpha,))))
+        total += weight * loss
+        summed = {name: weight * g + summed.get(name, 0) for name, g in gradients.items()}
+    return total, summed
+
+
+def test_rows_have_weights_only_where_examples_differ() -> None:
+    assert "weights" not in collate(weighted(weights=(1.0,) * 4))
+    batch = collate(weighted())
+    assert len(batch["weights"]) == len(batch["places"]) == sum(len(text) + 1 for text in TEXTS)
+
+
+@pytest.mark.parametrize("way", ["rows", "packed", "own head", "learned head"])
+def test_a_weight_multiplies_its_chain_s_loss_and_gradient(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    valve, encoded = turned(), weighted()
+    batch = collate(pack(encoded, 1000) if way == "packed" else encoded)
+    if way == "packed":
+        assert len(batch["input_ids"]) == 1
+        # Without our attention kernel the packed chains would see one another: only the weights are compared.
+        assert sorted(batch["weights"].tolist()) == sorted(collate(encoded)["weights"].tolist())
+        return
+    expected = by_hand(valve)
+    if way == "own head":
+        monkeypatch.setattr(valve.model.config, "logits_scaling", 2.0, raising=False)
+    if way == "learned head":
+        head = valve.model.get_output_embeddings()
+        assert head is not None
+        monkeypatch.setattr("cotvalve.learner.LOSS_SLICE", 7)
+        head.weight.requires_grad_(True)
+    loss, gradients = loss_and_gradients(valve, batch)
+    assert math.isclose(loss, expected[0], rel_tol=1e-5)
+    assert_same_gradients({name: g for name, g in gradients.items() if ".lora_" in name}, expected[1])
+
+
+def test_slices_and_flat_batches_take_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    valve, encoded = turned(), weighted()
+    whole = loss_and_gradients(valve, collate(encoded))
+    monkeypatch.setattr("cotvalve.headloss.LOSS_SLICE", 7)
+    sliced = loss_and_gradients(valve, collate(encoded))
+    assert math.isclose(sliced[0], whole[0], rel_tol=1e-6)
+    assert_same_gradients(sliced[1], whole[1])
+    flat = collate_flat(encoded)
+    learned = [row["weight"] for row in encoded for label in row["labels"] if label >= 0]
+    assert flat["weights"].tolist() == learned
+
+
+def test_the_fused_loss_tells_tokens_apart() -> None:
+    logits, wanted = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)), torch.arange(5)[:, None]
+    loss, _ = compiled()(logits, wanted)
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(logits, wanted[:, 0], reduction="none"))
+
+
+# How far a step may go
+
+
+def test_a_token_that_has_gone_far_enough_counts_no_more() -> None:
+    """Objective and slope against PPO's equation 7 written out, by autograd."""
+    draw = torch.Generator().manual_seed(0)
+    loss, before, weights = (torch.randn(200, generator=draw, dtype=torch.float64) for _ in range(3))
+    loss = (loss.abs()).requires_grad_()
+    worth = Worth(weights, -loss.detach() + 0.4 * before, 0.2)
+    ratio = torch.exp(-loss - worth.before) if worth.before is not None else loss
+    value = -torch.minimum(ratio * weights, torch.clamp(ratio, 0.8, 1.2) * weights)
+    assert torch.allclose(worth.of(loss), value)
+    (gradient,) = torch.autograd.grad(value.sum(), loss)
+    assert torch.allclose(worth.slope(loss.detach()), gradient)
+    stopped = gradient == 0
+    assert 40 < int(stopped.sum()) < 160
+    assert bool(((ratio > 1.2)[weights > 0] == stopped[weights > 0]).all())
+    assert bool(((ratio < 0.8)[weights < 0] == stopped[weights < 0]).all())
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_likelihoods_are_each_token_s_log_p(own_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    valve, encoded = turned(), weighted()
+    if own_head:
+        monkeypatch.setattr(valve.model.config, "logits_scaling", 2.0, raising=False)
+    monkeypatch.setattr("cotvalve.learner.LOSS_SLICE", 7)
+    batch = collate(encoded)
+    batch.pop("weights")
+    with valve.at(batch.pop("alpha")):
+        found = Learner(valve).likelihoods(**batch).split([len(text) + 1 for text in TEXTS])
+    for text, alpha, own in zip(TEXTS, ALPHAS, found, strict=True):
+        assert math.isclose(float(own.sum()), likelihood(valve, text, alpha), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["rows", "own head", "learned head"])
+def test_where_nothing_has_moved_yet_the_gradient_is_the_reward_s(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    valve, encoded = turned(), weighted()
+    free = loss_and_gradients(valve, collate(encoded))[1]
+    for row, text, alpha in zip(encoded, TEXTS, ALPHAS, strict=True):
+        batch = collate(weighted((text,), (1.0,), (alpha,)))
+        with valve.at(batch.pop("alpha")):
+            row["before"] = Learner(valve).likelihoods(**batch).tolist()
+    if way == "own head":
+        monkeypatch.setattr(valve.model.config, "logits_scaling", 2.0, raising=False)
+    if way == "learned head":
+        head = valve.model.get_output_embeddings()
+        assert head is not None
+        head.weight.requires_grad_(True)
+    found = loss_and_gradients(valve, collate(encoded))[1]
+    assert_same_gradients({name: g for name, g in found.items() if ".lora_" in name}, free)
+
+
+def pushed(folder: Path, trust: float, **how: object) -> Valve:
+    """A valve after forty steps up and down the same two chains."""
+    valve = turned()
+    (stage,) = reward([(SEVEN, [one(9, right=True, text="3 + 4 = 7"), one(9, right=False, text="so it is 9")])], 0.0)
+    fit(valve, [stage], settings(learning_rate=3e-3, epochs=40, trust=trust, **how), folder, Card("base", "shorter", "reward"), ask="plain")
+    return valve
+
+
+def test_trust_bounds_what_one_round_does(tmp_path: Path) -> None:
+    before = [likelihood(turned(), text, 1.0) for text in ("3 + 4 = 7", "so it is 9")]
+    bound, free = pushed(tmp_path / "bound", 0.2), pushed(tmp_path / "free", 0.0)
+    for text, then, sign in zip(("3 + 4 = 7", "so it is 9"), before, (1, -1), strict=True):
+        near, far = (sign * (likelihood(valve, text, 1.0) - then) for valve in (bound, free))
+        assert 0.2 < near < far / 2, f"{text}: {near:.2f} of {far:.2f}"
+
+
+def test_a_round_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """What a token was before the first step is known again from the direction that the round began with."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(_task: str, done: int, _total: int, _note: str = "") -> None:
+        if done == 20:
+            raise Stopped
+
+    whole = pushed(tmp_path / "whole", 0.2)
+    valve = turned()
+    (stage,) = reward([(SEVEN, [one(9, right=True, text="3 + 4 = 7"), one(9, right=False, text="so it is 9")])], 0.0)
+    how, card = settings(learning_rate=3e-3, epochs=40, trust=0.2, checkpoint_every=10), Card("base", "shorter", "reward")
+    with pytest.raises(Stopped):
+        fit(valve, [stage], how, tmp_path / "part", card, ask="plain", progress=stop)
+    again = turned()
+    fit(again, [stage], how, tmp_path / "part", card, ask="plain")
+    assert_same_bits(again, whole)
+
+
+# A step
+
+
+def likelihood(valve: Valve, text: str, alpha: float) -> float:
+    """log p of a chain at a position."""
+    batch = collate(weighted((text,), (1.0,), (alpha,)))
+    with torch.no_grad(), valve.at(batch.pop("alpha")):
+        return -float(Learner(valve)(**batch, divisor=1.0))
+
+
+def test_right_chains_become_likelier_and_wrong_ones_less_so_at_their_own_position(tmp_path: Path) -> None:
+    right, wrong = "3 + 4 = 7", "3 + 4 = 9"
+    valve = turned()
+    before = [likelihood(valve, text, 0.5) for text in (right, wrong)]
+    stages = reward([(SEVEN, [one(9, right=True, alpha=0.5, text=right), one(9, right=False, alpha=0.5, text=wrong)])], 0.0)
+    fit(valve, stages, settings(learning_rate=1e-3, epochs=4), tmp_path, Card("base", "shorter", "reward"), ask="plain")
+    after = [likelihood(valve, text, 0.5) for text in (right, wrong)]
+    assert after[0] - after[1] > before[0] - before[1] + 0.1
+
+
+# From the command line's side
+
+
+def sampled(out: Path, **how: object) -> Path:
+    given = {"model": "tiny-reasoner", "direction": "tiny-valve", "data": "arithmetic", "prompt": "plain", "limit": 12, "alphas": (1.0,), "samples": 4,
+             "temperature": 1.0, "max_new_tokens": 96, "fewest": 1, "dtype": "float32", "device": "cpu", "out": str(out)}  # fmt: skip
+    return mix(MixSettings(**{**given, **how}))  # pyright: ignore[reportArgumentType]
+
+
+def learns(data: Path, out: Path, **how: object) -> Path:
+    given = {"recipe": "reward", "model": "tiny-reasoner", "direction": "tiny-valve", "data": str(data), "prompt": "plain", "learning_rate": 1e-3, "warmup": 0,
+             "dtype": "float32", "device": "cpu", "out": str(out)}  # fmt: skip
+    return train(TrainSettings(**{**given, **how}))  # pyright: ignore[reportArgumentType]
+
+
+def test_chains_of_a_run_are_learned_by_what_they_are_worth(tmp_path: Path) -> None:
+    data = sampled(tmp_path / "mix")
+    groups, made = judged(data)
+    assert made["settings"]["samples"] == 4
+    assert len(groups) == 12
+    rows = [row for _, chains in groups for row in chains]
+    assert len(rows) == 48
+    assert {row.right for row in rows} == {True, False}
+    out = learns(data, tmp_path / "reward")
+    report = read_json(out / "train.json")["stages"][0]
+    (stage,) = reward(groups, 0.2)
+    assert report["examples"] == len(stage.examples)
+    assert report["skipped_chains"] == stage.skipped
+    assert report["steps"] == 1
+    found = Direction.load(out)
+    assert found.card.method == "reward"
+    assert found.sha256() != Direction.load("tiny-valve").sha256()
+
+
+def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) -> None:
+    data = sampled(tmp_path / "mix")
+    with pytest.raises(SettingError, match=r"chains of another direction \(tiny-valve\) than the one that learns \(a new one\)"):
+        learns(data, tmp_path / "a", direction="")
+    with pytest.raises(SettingError, match="give --prompt plain"):
+        learns(data, tmp_path / "b", prompt="boxed")
+    record = read_json(data / "run.json")
+    write_json(data / "run.json", {**record, "settings": {**record["settings"], "temperature": 0.7}})
+    with pytest.raises(SettingError, match="reward needs both at 1"):
+        learns(data, tmp_path / "c")
+    (data / "mix.json").unlink()
+    with pytest.raises(DataError, match="not a finished run folder of `cotvalve mix`"):
+        learns(data, tmp_path / "d")
+
+
+def test_the_plain_model_s_own_chains_are_a_new_direction_s(tmp_path: Path) -> None:
+    """Delta is zero at first, so what the plain model says is what alpha 1 says."""
+    data = sampled(tmp_path / "mix", direction="", limit=6, max_new_tokens=200)
+    groups, _ = judged(data)
+    assert {row.chain.alpha for _, chains in groups for row in chains} == {1.0}
+    out = learns(data, tmp_path / "reward", direction="", rank=2)
+    assert read_json(out / "train.json")["stages"][0]["examples"] > 0
