@@ -335,6 +335,10 @@ def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: f
         known = list(dict.fromkeys(system for here in tests.values() for system in here.systems))
         if tests and against not in known:
             raise SettingError(unknown("system", against, known))
+        for dataset, here in held if not tests else []:
+            asked = len({row["problem"] for rows in here.systems[PLAIN][None].values() for row in rows})
+            parts.append(f"## {name}: {asked:,} held-out training questions of {dataset}, of no test set")
+            parts.append(lines_table([line("", system, alpha, here, dataset, draws, PLAIN) for system, dial in here.systems.items() for alpha in sorted(dial, key=lambda a: a or 0.0)], PLAIN))
         for dataset, here in tests.items():
             if against not in here.systems:  # it was measured on others of them only
                 continue

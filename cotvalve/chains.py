@@ -87,7 +87,8 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
         raise DataError(f"{folder}: not a finished run folder of `cotvalve mix`, whose wrong chains are needed as well as the right ones")
     made = read_json(path / "run.json")
     how = made["settings"]
-    known = {problem.id: problem for problem in training(how["data"], data_dir=data_dir, limit=how["limit"], seed=how["seed"])}
+    asked = training(how["data"], data_dir=data_dir, limit=how["limit"], seed=how["seed"], offset=how.get("offset", 0))
+    known = {problem.id: problem for problem in asked}
     found: dict[str, list[Judged]] = {name: [] for name in known}
     with closing(RowStore(path / "rows.sqlite")) as store:
         for row in store.rows():

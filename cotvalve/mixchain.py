@@ -81,6 +81,8 @@ class MixSettings(Sampling):
     """A data set: its training questions are answered."""
     limit: int | None = None
     """A seeded random subset of this many questions."""
+    offset: int = 0
+    """Questions of that random order to pass over first: with the same seed, other questions for each round of sampling and learning."""
     # The paper's grid (A.3), and the ends.
     alphas: Alphas = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """Positions of the valve, with commas; the default is the paper's grid and its ends."""
@@ -97,6 +99,8 @@ class MixSettings(Sampling):
 
     def model_post_init(self, context: Any, /) -> None:
         super().model_post_init(context)
+        if self.offset and self.limit is None:
+            raise ValueError("offset passes over questions of a random subset; give its size as limit")
         if self.fewest < 1:
             raise ValueError("fewest has to be 1 or more: a question without a right chain teaches nothing")
 
@@ -282,7 +286,7 @@ def save(folder: Path, mix: Sequence[MixChain], report: MixReport | None = None)
 
 def run(settings: MixSettings, progress: Progress = silent) -> Path:
     """Samples what is missing and writes the MixChain set; returns the run folder."""
-    problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
+    problems = training(settings.data, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed, offset=settings.offset)
     valve = settings.load_valve(settings.direction or None)
     facts = {**valve.facts(), "data": f"{settings.data} train ({len(problems)} questions, {fingerprint(problems)[:12]})"}
     decisive = settings.model_dump(mode="json", exclude={"out", "engine", "gpus", "slots", "data_dir", "device"})

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cotvalve import problems
 from cotvalve.cli import data_app
 from cotvalve.errors import DataError, SettingError
+from cotvalve.mixchain import MixSettings
 from cotvalve.problems import aime, asdiv, gsm8k, jsonl, math500, prm12k, unseen
 from cotvalve.problems.dataset import local_rows, rows_of
 
@@ -128,6 +129,21 @@ def test_limit_is_a_seeded_nested_subset_in_the_order_of_the_set() -> None:
     assert problems.load("arithmetic", limit=10**6) == everything
     with pytest.raises(SettingError, match="limit must be 1 or more"):
         problems.load("arithmetic", limit=0)
+
+
+def test_offset_goes_on_in_the_same_draw_and_begins_again_where_it_ends() -> None:
+    everything = problems.training("arithmetic")
+    parts = [problems.training("arithmetic", limit=700, offset=offset, seed=3) for offset in range(0, len(everything), 700)]
+    assert parts[0] == problems.training("arithmetic", limit=700, seed=3)
+    seen = [problem.id for part in parts for problem in part]
+    assert set(seen) == {problem.id for problem in everything}
+    assert [len(part) for part in parts] == [700] * len(parts), "the last part goes on from the beginning"
+    assert len({problem.id for part in parts[:2] for problem in part}) == 1400
+    assert problems.training("arithmetic", limit=700, offset=len(everything), seed=3) == parts[0]
+    with pytest.raises(SettingError, match="offset 0 or more"):
+        problems.training("arithmetic", limit=5, offset=-1)
+    with pytest.raises(SettingError, match="give its size as limit"):
+        MixSettings(offset=5)
 
 
 def test_fingerprint_sees_content_and_order() -> None:

@@ -99,12 +99,16 @@ def load(
     return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id)
 
 
-def subset(items: Sequence[Item], limit: int, seed: int, identity: Callable[[Item], str]) -> list[Item]:
-    """`limit` of the items in their order, drawn by seed and identity alone: a larger limit keeps all of a smaller one."""
-    if limit < 1:
-        raise SettingError(f"limit must be 1 or more (given: {limit})")
+def subset(items: Sequence[Item], limit: int, seed: int, identity: Callable[[Item], str], offset: int = 0) -> list[Item]:
+    """`limit` of the items in their order, drawn by seed and identity alone: a larger limit keeps all of a smaller one.
+
+    `offset` passes over that many of the draw, and draws on from its beginning where they run out.
+    """
+    if limit < 1 or offset < 0:
+        raise SettingError(f"limit must be 1 or more (given: {limit}), offset 0 or more (given: {offset})")
     places = sorted(range(len(items)), key=lambda place: _lot(identity(items[place]), seed))
-    return [items[place] for place in sorted(places[:limit])]
+    start = offset % len(items) if items else 0
+    return [items[place] for place in sorted((places[start:] + places[:start])[:limit])]
 
 
 def held_out(problem: Problem) -> bool:
@@ -124,14 +128,16 @@ def trainable(name: str) -> int:
     return sum(not _held_out(f"{name}/train/{number}") for number in range(describe(name).sizes["train"]))
 
 
-def training(name: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0) -> list[Problem]:
+def training(
+    name: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0, offset: int = 0
+) -> list[Problem]:
     """The questions of `name` that may be learned from: its train split (or a .jsonl file) less the held-out ones.
 
-    A set with only a test split is refused.
+    `limit`, `seed` and `offset` as in `subset`. A set with only a test split is refused.
     """
     split = "test" if _is_path(name) else "train"
     problems = [problem for problem in load(name, split=split, data_dir=data_dir) if not held_out(problem)]
-    return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id)
+    return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id, offset)
 
 
 def fingerprint(problems: Iterable[Problem]) -> str:
