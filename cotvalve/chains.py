@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotvalve.answers import boxes
-from cotvalve.errors import DataError
+from cotvalve.card import DIRECTION_SHA256
+from cotvalve.errors import DataError, SettingError
 from cotvalve.problems import NAMES, training
 from cotvalve.problems.dataset import hub_rows
 from cotvalve.problems.unseen import origin
@@ -92,10 +93,30 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
     found: dict[str, list[Judged]] = {name: [] for name in known}
     with closing(RowStore(path / "rows.sqlite")) as store:
         for row in store.rows():
+            if row["problem"] not in known:
+                raise DataError(f"{folder}: has chains of '{row['problem']}', which is not among the questions of {how['data']} now; put the data back as it was")
             if row["finish"] != "error":
                 chain = Chain(row["text"], row["tokens"], row["alpha"] if how["direction"] else 1.0)
                 found[row["problem"]].append(Judged(chain, row["correct"], row["finish"] == "length"))
     return [(known[name], chains) for name, chains in found.items()], made
+
+
+def check_own(folder: str, made: Json, ask: str, direction: str, digest: str | None) -> None:
+    """Refuses chains that are no sample of the direction that is about to learn from them: a policy gradient is wrong on those.
+
+    `made` is the run.json beside the chains, `ask` the prompt of the training, `digest` the direction's sha256, None for
+    a new one.
+    """
+    how = made["settings"]
+    if how["temperature"] != 1 or how["top_p"] != 1:
+        raise SettingError(f"{folder}: sampled at temperature {how['temperature']:g}, top_p {how['top_p']:g}; reward needs both at 1")
+    if how["prompt"] != ask:
+        raise SettingError(f"{folder}: asked with the prompt '{how['prompt']}', training would ask with '{ask}'; give --prompt {how['prompt']}")
+    if made["facts"].get(DIRECTION_SHA256) != digest:
+        raise SettingError(
+            f"{folder}: chains of another direction ({how['direction'] or 'none'}) than the one that learns ({direction or 'a new one'}); "
+            "reward goes on from the direction that was sampled"
+        )
 
 
 def _answer(row: Json) -> str:

@@ -47,8 +47,8 @@ class Worth:
     weights: Tensor
     """[N], of either sign."""
     before: Tensor | None = None
-    """[N], log p when the chain was sampled. With it a token's weight is times p / p then, and counts no more once that
-    has gone `trust` past 1 the way the weight wants it: PPO's clipped objective (arXiv 1707.06347, eq. 7)."""
+    """[N], log p when the chain was sampled. With it a weight is multiplied by the ratio of p now to p then, and counts no
+    more once that is `trust` past 1 on the side that the weight pulls to: PPO's clipped objective (arXiv 1707.06347, eq. 7)."""
     trust: float = 0.2
 
     def __getitem__(self, part: slice) -> Worth:

@@ -70,14 +70,15 @@ class Learner(nn.Module):
             total = total + checkpoint(lambda s, t, w: _cross_entropy(head(s), t, w).sum(), states[part], targets[part], own, use_reentrant=False)
         return total / divisor
 
-    @torch.no_grad()
     def likelihoods(self, input_ids: Tensor, labels: Tensor, places: Tensor, position_ids: Tensor | None = None, **rows: Any) -> Tensor:
-        """log p of each labelled token [N], in the order of `places`."""
+        """log p of each labelled token [N], in the order of `places`, without a gradient."""
         if not self.plain_head:
-            return -_cross_entropy(*self._logits(input_ids, labels, places, position_ids, **rows))
+            return -_cross_entropy(*self._logits(input_ids, labels, places, position_ids, **rows)).detach()
+        # The layers as training runs them: compiled ones would be compiled anew for a pass without gradients.
         states, targets = self._states(input_ids, labels, places, position_ids, **rows)
         head: Any = self.model.get_output_embeddings()
-        return -torch.cat([_cross_entropy(head(s), t) for s, t in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True)])
+        with torch.no_grad():
+            return -torch.cat([_cross_entropy(head(s), t) for s, t in zip(states.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True)])
 
     def _states(
         self, input_ids: Tensor, labels: Tensor, places: Tensor | None, position_ids: Tensor | None, **rows: Any
@@ -188,7 +189,7 @@ class ValveTrainer(Trainer):
     def remember(self, rows: Sequence[Json]) -> None:
         """Gives each row `before`: the log p of its learned tokens now, before the first step."""
         model: Any = self.model
-        model.eval()
+        model.train()
         for part in portions(rows, self.at_once.tokens, self.at_once.rows, flat=self.at_once.flat):
             batch, alpha = self._batch(part)
             batch.pop("weights", None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from cotvalve.chains import check_own as check_own
 from cotvalve.chains import is_mixchain as is_mixchain
 from cotvalve.chains import judged as judged
 from cotvalve.chains import load as load

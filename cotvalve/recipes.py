@@ -146,7 +146,8 @@ def worths(chains: Sequence[Judged], brevity: float) -> list[float]:
         return 1.0 if short is None else 1 - brevity * (1 - short)
 
     rewards = [earned(one) for one in chains]
-    return [each - mean(rewards) for each in rewards]
+    usual = mean(rewards)
+    return [each - usual for each in rewards]
 
 
 def reward(sampled: Sequence[tuple[Problem, Sequence[Judged]]], brevity: float) -> list[Stage]:

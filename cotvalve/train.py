@@ -2,9 +2,9 @@
 
 Comes in: a base model, stages of examples (recipes.py). Goes out: a direction's folder in PEFT's format. The
 loss is the cross-entropy of the chain's own tokens, prompt excluded, averaged over all of them in a step (times the
-example's weight, where examples have one); each row of a batch goes through theta + alpha * delta with its own alpha (eq. 2 and 3). Training runs on
-`transformers.Trainer`: gradient accumulation, checkpoints, and a killed run that goes on to the same weights.
-Batches are made in batches.py, the loss and the Trainer are in learner.py.
+example's weight, where examples have one); each row of a batch goes through theta + alpha * delta with its own alpha
+(eq. 2 and 3). Training runs on `transformers.Trainer`: gradient accumulation, checkpoints, and a killed run that goes
+on to the same weights. Batches are made in batches.py, the loss and the Trainer are in learner.py.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class FitSettings(Settings):
     def model_post_init(self, _context: Any, /) -> None:
         if self.dora and self.full:
             raise ValueError("dora and full exclude each other")
-        if self.rank < 1 or self.batch < 1 or self.epochs <= 0:
-            raise ValueError("rank, batch and epochs have to be positive")
+        if self.rank < 1 or self.batch < 1 or self.epochs <= 0 or self.trust < 0:
+            raise ValueError("rank, batch and epochs have to be positive, trust 0 or more")
 
     def lora(self, model: nn.Module) -> LoraConfig:
         """PEFT's configuration for `model`."""
@@ -277,11 +277,16 @@ class TrainSettings(ModelSettings, FitSettings):
     solution: int | None = None
     """Valve: train on this solution instead of the shortest chain (the authors' column, else the rank from the longest, 0)."""
     brevity: float = 0.2
-    """Reward: what the longest right chain of a question earns less than the shortest, which earns 1."""
+    """Reward: what the longest right chain of a question earns less than the shortest, which earns 1; a wrong one earns 0."""
     toward: Toward = "shorter"
     """Where chains go as alpha grows."""
     out: str = "runs/train"
     """Run folder; the direction is put into it."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        super().model_post_init(context)
+        if not 0 <= self.brevity <= 1:
+            raise ValueError("brevity has to be between 0 and 1: more would make a right long chain worth less than a wrong one")
 
 
 def run(settings: TrainSettings, progress: Progress = silent) -> Path:
@@ -315,7 +320,8 @@ def _stages(settings: TrainSettings, valve: Valve) -> tuple[list[Problem], list[
 
     if settings.recipe == "reward":
         sampled, made = mixchain.judged(settings.data, settings.data_dir)
-        _check_own(settings, made, valve)
+        digest = valve.facts().get(DIRECTION_SHA256) if settings.direction else None
+        mixchain.check_own(settings.data, made, settings.prompt, settings.direction, digest)
         if settings.limit is not None:
             sampled = subset(sampled, settings.limit, settings.seed, lambda pair: pair[0].id)
         return [problem for problem, _ in sampled], recipes.reward(sampled, settings.brevity)
@@ -335,16 +341,3 @@ def _stages(settings: TrainSettings, valve: Valve) -> tuple[list[Problem], list[
     if settings.recipe == "valve":
         return problems, recipes.valve(mix, settings.solution, settings.stages)
     return problems, recipes.plus(mix)
-
-
-def _check_own(settings: TrainSettings, made: Json, valve: Valve) -> None:
-    """Refuses chains that are no sample of what is about to learn: a policy gradient is wrong on them."""
-    how, name = made["settings"], settings.data
-    if how["temperature"] != 1 or how["top_p"] != 1:
-        raise SettingError(f"{name}: sampled at temperature {how['temperature']:g}, top_p {how['top_p']:g}; reward needs both at 1")
-    if how["prompt"] != settings.prompt:
-        raise SettingError(f"{name}: asked with the prompt '{how['prompt']}', training would ask with '{settings.prompt}'; give --prompt {how['prompt']}")
-    theirs, own = made["facts"].get(DIRECTION_SHA256), valve.facts().get(DIRECTION_SHA256) if settings.direction else None
-    if theirs != own:
-        raise SettingError(f"{name}: chains of another direction ({how['direction'] or 'none'}) than the one that learns "
-                           f"({settings.direction or 'a new one'}); reward goes on from the direction that was sampled")  # fmt: skip

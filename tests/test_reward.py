@@ -295,9 +295,19 @@ def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) 
     write_json(data / "run.json", {**record, "settings": {**record["settings"], "temperature": 0.7}})
     with pytest.raises(SettingError, match="reward needs both at 1"):
         learns(data, tmp_path / "c")
+    write_json(data / "run.json", {**record, "settings": {**record["settings"], "seed": 5}})
+    with pytest.raises(DataError, match="is not among the questions of arithmetic now"):
+        learns(data, tmp_path / "c")
     (data / "mix.json").unlink()
     with pytest.raises(DataError, match="not a finished run folder of `cotvalve mix`"):
         learns(data, tmp_path / "d")
+
+
+def test_a_right_chain_is_never_worth_less_than_a_wrong_one() -> None:
+    with pytest.raises(SettingError, match="brevity has to be between 0 and 1"):
+        TrainSettings(recipe="reward", brevity=1.5)
+    with pytest.raises(SettingError, match="trust 0 or more"):
+        TrainSettings(recipe="reward", trust=-0.1)
 
 
 def test_the_plain_model_s_own_chains_are_a_new_direction_s(tmp_path: Path) -> None:
