@@ -161,7 +161,7 @@ def report(run: Annotated[str, typer.Argument(help="Run folder of sweep, mix or 
     """Figures, HTML and Markdown again from a finished sweep's rows; the tables of mix and calibrate."""
     from cotvalve.sweep import redo
 
-    tables = [path for name in ("mix.md", "calibration.md") if (path := Path(run) / name).is_file()]
+    tables = [path for name in ("mix.md", "calibration.md", "rounds.md") if (path := Path(run) / name).is_file()]
     _done(tables[0] if tables else redo(Path(run)))
 
 

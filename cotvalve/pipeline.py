@@ -63,6 +63,10 @@ VERBS: dict[str, Verb] = {
         "cotvalve.mixchain", "MixSettings", "MixChain data: sample over alphas, grade, keep what is right.",
         example="cotvalve mix --model MODEL --direction runs/valve --data gsm8k --out runs/mix\n\nThen: cotvalve train plus --data runs/mix",
     ),
+    "reward": Verb(
+        "cotvalve.rounds", "RewardSettings", "Sample and learn in turns: right and brief chains become likelier, wrong ones less so.",
+        example="cotvalve reward --model MODEL --direction runs/progressive --data gsm8k --out runs/reward\n\nThen: cotvalve sweep --direction runs/reward --split heldout",
+    ),
     "sweep": Verb(
         "cotvalve.sweep", "SweepSettings", "Accuracy, tokens and ACU over alphas, with baselines and intervals.",
         example="cotvalve sweep --model MODEL --direction CoT-Valve=runs/valve,++=runs/plus --data gsm8k --limit 400 --baselines budget,shortcut\n\nThen open report.html",

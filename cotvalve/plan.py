@@ -22,6 +22,7 @@ from cotvalve.errors import SettingError, unknown
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import Recipe, Step
 from cotvalve.records import read_json
+from cotvalve.rounds import RewardSettings, parts
 from cotvalve.sweep import SweepSettings, named_directions
 from cotvalve.train import TrainSettings
 from cotvalve.verbs import ExtractSettings, FuseSettings
@@ -124,7 +125,7 @@ def describe(recipe: Recipe) -> str:
     """
     _check(recipe)
     plan = _Plan(recipe)
-    lines = [_line(plan, step) for step in recipe.steps]
+    lines = [_line(plan, part) for step in recipe.steps for part in _parts(step)]
     head = [f"{recipe.name}: {recipe.about}", f"Runs in {recipe.out}, one folder per step.", "", *(
         f"{name}: {model.family}, {model.parameters / 1e9:.3g} billion parameters ({model.source})" for name, model in plan.models.items()
     )]  # fmt: skip
@@ -153,6 +154,13 @@ def _check(recipe: Recipe) -> None:
     for name in recipe.sizes.get("steps") or {}:
         if name not in (steps := [step.name for step in recipe.steps]):
             raise SettingError(f"{recipe.name}: sizes: steps: {unknown('step', name, steps)}")
+
+
+def _parts(step: Step) -> list[Step]:
+    """A step by itself; of `reward` what each round samples and learns."""
+    if not isinstance(step.settings, RewardSettings):
+        return [step]
+    return [Step(f"{step.name} {number}", verb, part) for number, pair in enumerate(parts(step.settings), 1) for verb, part in zip(("mix", "train"), pair, strict=True)]
 
 
 def _line(plan: _Plan, step: Step) -> Line:

@@ -25,7 +25,7 @@ ORDER = """
     engines.vllm_adapters engines.vllm_support engines.vllm_dial engines.vllm
     chains recipes mixchain
     batches headloss lean learner train
-    resampling statistics figures report
+    resampling statistics figures rounds report
     sweep verbs pipeline architectures costs plan
     calibration calibrate
     serve serve.protocol serve.batching serve.app

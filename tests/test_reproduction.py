@@ -24,6 +24,7 @@ from cotvalve.errors import DataError, SettingError
 from cotvalve.figures import DASH, MINUS
 from cotvalve.mixchain import MixSettings
 from cotvalve.records import Json, read_parquet, write_json, write_parquet
+from cotvalve.rounds import RewardSettings
 from cotvalve.sweep import SweepSettings, named_directions
 from cotvalve.train import TrainSettings
 from cotvalve.verbs import ExtractSettings
@@ -248,12 +249,13 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
     monkeypatch.chdir(tmp_path)  # a plan looks at data that is there
     recipe = pipeline.read(str(path), seed=7)
     assert recipe.name == f"reproduction-{path.stem}"
-    assert all(f"\n{step.name} " in plan.describe(recipe) for step in recipe.steps)
-    learned = {s.out for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, ExtractSettings))}
+    described = plan.describe(recipe)
+    assert all(f"\n{step.name} " in described for step in recipe.steps)
+    learned = {s.out for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, ExtractSettings, RewardSettings))}
     swept: dict[tuple[str, bool], set[str]] = {}
     for step in recipe.steps:
         s = step.settings
-        if isinstance(s, (TrainSettings, MixSettings)):
+        if isinstance(s, (TrainSettings, MixSettings, RewardSettings)):
             assert s.seed == 7 or (path.stem == "reward-search" and s.seed in (1, 2, 3, 4))
         elif isinstance(s, SweepSettings):
             held = s.split == "heldout"
@@ -349,8 +351,10 @@ def shrunk(path: Path, folder: Path) -> str:
             step |= {"alphas": sorted({alphas[0], alphas[len(alphas) // 2], alphas[-1]}), "limit": 2, "max_new_tokens": 60}
         elif step["verb"] != "extract":
             step["limit"] = 6
-        if step["verb"] == "mix":
+        if step["verb"] in ("mix", "reward"):
             step["max_new_tokens"] = 400
+        if step["verb"] == "reward":
+            step |= {"rounds": 3, "samples": 4}
     (folder / path.name).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return str(folder / path.name)
 

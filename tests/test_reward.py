@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotvalve import Valve
+from cotvalve import Valve, rounds
 from cotvalve.batches import collate, collate_flat, encode, pack
 from cotvalve.chains import judged
 from cotvalve.direction import Card, Direction
@@ -18,6 +18,7 @@ from cotvalve.mixchain import MixSettings
 from cotvalve.mixchain import run as mix
 from cotvalve.recipes import Example, Stage, reward, worths
 from cotvalve.records import Json, read_json, write_json
+from cotvalve.rounds import RewardSettings
 from cotvalve.train import TrainSettings
 from cotvalve.train import run as train
 from cotvalve.types import Chain, Judged, Problem
@@ -317,3 +318,69 @@ def test_the_plain_model_s_own_chains_are_a_new_direction_s(tmp_path: Path) -> N
     assert {row.chain.alpha for _, chains in groups for row in chains} == {1.0}
     out = learns(data, tmp_path / "reward", direction="", rank=2)
     assert read_json(out / "train.json")["stages"][0]["examples"] > 0
+
+
+# Rounds
+
+
+ROUNDS = {"model": "tiny-reasoner", "direction": "tiny-valve", "data": "arithmetic", "prompt": "plain", "limit": 6, "alphas": (0.75, 1.0), "samples": 4,
+          "max_new_tokens": 200, "rounds": 2, "learning_rate": 1e-3, "dtype": "float32", "device": "cpu"}  # fmt: skip
+
+
+def test_a_round_samples_what_the_round_before_learned_on_other_questions(tmp_path: Path) -> None:
+    out = tmp_path / "reward"
+    settings = RewardSettings(**ROUNDS, out=str(out))  # pyright: ignore[reportArgumentType]
+    told: list[str] = []
+    table = rounds.run(settings, lambda task, *_: told.append(task))
+    assert table == out / "rounds.md"
+    assert {"round 1 of 2: sample", "round 1 of 2: reward", "round 2 of 2: sample", "round 2 of 2: reward"} <= set(told)
+    first, second = (judged(out / f"round-{number}" / "mix") for number in (1, 2))
+    assert first[1]["settings"]["direction"] == "tiny-valve"
+    assert second[1]["settings"]["direction"] == str(out / "round-1" / "direction")
+    asked = [{problem.id for problem, _ in groups} for groups, _ in (first, second)]
+    assert [len(ids) for ids in asked] == [6, 6]
+    assert not asked[0] & asked[1]
+    assert second[1]["facts"]["direction_sha256"] != first[1]["facts"]["direction_sha256"]
+    last = Direction.load(out)
+    assert last.sha256() == Direction.load(out / "round-2" / "direction").sha256()
+    assert last.card.method == "reward"
+    report = read_json(out / "train.json")
+    assert [stage["stage"] for stage in report["stages"]] == ["reward", "reward"]
+    assert read_json(out / "run.json")["facts"]["base_sha256"]
+    lines = table.read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[:2] for line in lines[4:]] == [["| 1", "0.75"], ["| 1", "1"], ["| 2", "0.75"], ["| 2", "1"]]
+    right = [one.right for _, chains in second[0] for one in chains if one.chain.alpha == 1]
+    assert f"| {100 * sum(right) / len(right):.1f} |" in lines[-1]
+    told.clear()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("round-*/*/*.json")}
+    rounds.run(settings, lambda task, *_: told.append(task))
+    assert not told, "nothing was left to do"
+    assert {path: path.stat().st_mtime_ns for path in out.glob("round-*/*/*.json")} == before
+    with pytest.raises(DataError, match=r"holds a run with brevity=0\.2, this one has 0\.5"):
+        rounds.run(RewardSettings(**{**ROUNDS, "brevity": 0.5}, out=str(out)))  # pyright: ignore[reportArgumentType]
+
+
+def test_rounds_that_were_stopped_go_on_to_the_same_direction(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(task: str, done: int, _total: int, _note: str = "") -> None:
+        if task == "round 2 of 2: sample" and done >= 8:
+            raise Stopped
+
+    rounds.run(RewardSettings(**ROUNDS, out=str(tmp_path / "whole")))  # pyright: ignore[reportArgumentType]
+    part = RewardSettings(**ROUNDS, slots=8, out=str(tmp_path / "part"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(Stopped):
+        rounds.run(part, stop)
+    assert not (tmp_path / "part" / "round-2" / "mix" / "mix.json").exists()
+    rounds.run(part)
+    homes = tmp_path / "whole", tmp_path / "part"
+    texts = [[(one.chain.text, one.right) for _, chains in judged(home / "round-2" / "mix")[0] for one in chains] for home in homes]
+    assert texts[0] == texts[1]
+    assert len({Direction.load(home).sha256() for home in homes}) == 1
+
+
+def test_what_a_round_would_refuse_is_refused_before_the_first() -> None:
+    for wrong, said in (({"temperature": 0.7}, "have to be 1"), ({"rounds": 0}, "rounds has to be 1 or more"), ({"brevity": 2}, "between 0 and 1"), ({"rank": 0}, "have to be positive")):
+        with pytest.raises(SettingError, match=said):
+            RewardSettings(**wrong)  # pyright: ignore[reportArgumentType]
