@@ -323,22 +323,31 @@ def test_the_plain_model_s_own_chains_are_a_new_direction_s(tmp_path: Path) -> N
 # Rounds
 
 
-ROUNDS = {"model": "tiny-reasoner", "direction": "tiny-valve", "data": "arithmetic", "prompt": "plain", "limit": 6, "alphas": (0.75, 1.0), "samples": 4,
+ROUNDS = {"model": "tiny-reasoner", "direction": "tiny-valve", "data": "arithmetic", "prompt": "plain", "limit": 4, "alphas": (0.75, 1.0), "samples": 4,
           "max_new_tokens": 200, "rounds": 2, "learning_rate": 1e-3, "dtype": "float32", "device": "cpu"}  # fmt: skip
 
 
-def test_a_round_samples_what_the_round_before_learned_on_other_questions(tmp_path: Path) -> None:
-    out = tmp_path / "reward"
-    settings = RewardSettings(**ROUNDS, out=str(out))  # pyright: ignore[reportArgumentType]
-    told: list[str] = []
-    table = rounds.run(settings, lambda task, *_: told.append(task))
-    assert table == out / "rounds.md"
+def rounds_in(out: Path) -> RewardSettings:
+    return RewardSettings(**ROUNDS, out=str(out))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Two rounds, and the tasks that they told of."""
+    out, told = tmp_path_factory.mktemp("rounds") / "reward", list[str]()
+    assert rounds.run(rounds_in(out), lambda task, *_: told.append(task)) == out / "rounds.md"
+    return out, told
+
+
+def test_a_round_samples_what_the_round_before_learned_on_other_questions(whole: tuple[Path, list[str]]) -> None:
+    out, told = whole
+    settings, table = rounds_in(out), out / "rounds.md"
     assert {"round 1 of 2: sample", "round 1 of 2: reward", "round 2 of 2: sample", "round 2 of 2: reward"} <= set(told)
     first, second = (judged(out / f"round-{number}" / "mix") for number in (1, 2))
     assert first[1]["settings"]["direction"] == "tiny-valve"
     assert second[1]["settings"]["direction"] == str(out / "round-1" / "direction")
     asked = [{problem.id for problem, _ in groups} for groups, _ in (first, second)]
-    assert [len(ids) for ids in asked] == [6, 6]
+    assert [len(ids) for ids in asked] == [4, 4]
     assert not asked[0] & asked[1]
     assert second[1]["facts"]["direction_sha256"] != first[1]["facts"]["direction_sha256"]
     last = Direction.load(out)
@@ -351,7 +360,7 @@ def test_a_round_samples_what_the_round_before_learned_on_other_questions(tmp_pa
     assert [line.split(" | ")[:2] for line in lines[4:]] == [["| 1", "0.75"], ["| 1", "1"], ["| 2", "0.75"], ["| 2", "1"]]
     right = [one.right for _, chains in second[0] for one in chains if one.chain.alpha == 1]
     assert f"| {100 * sum(right) / len(right):.1f} |" in lines[-1]
-    told.clear()
+    told = list[str]()
     before = {path: path.stat().st_mtime_ns for path in out.glob("round-*/*/*.json")}
     rounds.run(settings, lambda task, *_: told.append(task))
     assert not told, "nothing was left to do"
@@ -360,7 +369,7 @@ def test_a_round_samples_what_the_round_before_learned_on_other_questions(tmp_pa
         rounds.run(RewardSettings(**{**ROUNDS, "brevity": 0.5}, out=str(out)))  # pyright: ignore[reportArgumentType]
 
 
-def test_rounds_that_were_stopped_go_on_to_the_same_direction(tmp_path: Path) -> None:
+def test_rounds_that_were_stopped_go_on_to_the_same_direction(whole: tuple[Path, list[str]], tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
@@ -368,13 +377,12 @@ def test_rounds_that_were_stopped_go_on_to_the_same_direction(tmp_path: Path) ->
         if task == "round 2 of 2: sample" and done >= 8:
             raise Stopped
 
-    rounds.run(RewardSettings(**ROUNDS, out=str(tmp_path / "whole")))  # pyright: ignore[reportArgumentType]
-    part = RewardSettings(**ROUNDS, slots=8, out=str(tmp_path / "part"))  # pyright: ignore[reportArgumentType]
+    part = rounds_in(tmp_path / "part")
     with pytest.raises(Stopped):
         rounds.run(part, stop)
     assert not (tmp_path / "part" / "round-2" / "mix" / "mix.json").exists()
     rounds.run(part)
-    homes = tmp_path / "whole", tmp_path / "part"
+    homes = whole[0], tmp_path / "part"
     texts = [[(one.chain.text, one.right) for _, chains in judged(home / "round-2" / "mix")[0] for one in chains] for home in homes]
     assert texts[0] == texts[1]
     assert len({Direction.load(home).sha256() for home in homes}) == 1
