@@ -70,6 +70,10 @@ class RewardSettings(Sampling, FitSettings):
         FitSettings.model_post_init(self, context)
         if self.rounds < 1:
             raise ValueError("rounds has to be 1 or more")
+        if self.full or self.dora:
+            raise ValueError("reward learns a plain LoRA, whose positions it samples; full and dora are for the recipe valve")
+        if self.samples < 2 or not any(self.alphas):
+            raise ValueError("reward needs 2 samples or more, and a position other than 0: a chain's worth is told by the others of its question")
         if self.temperature != 1 or self.top_p != 1:
             raise ValueError("temperature and top_p have to be 1: other chains are no sample of what learns")
         tuple(parts(self))  # what a round would refuse is refused now

@@ -389,6 +389,7 @@ def test_rounds_that_were_stopped_go_on_to_the_same_direction(whole: tuple[Path,
 
 
 def test_what_a_round_would_refuse_is_refused_before_the_first() -> None:
-    for wrong, said in (({"temperature": 0.7}, "have to be 1"), ({"rounds": 0}, "rounds has to be 1 or more"), ({"brevity": 2}, "between 0 and 1"), ({"rank": 0}, "have to be positive")):
+    for wrong, said in (({"temperature": 0.7}, "have to be 1"), ({"rounds": 0}, "rounds has to be 1 or more"), ({"brevity": 2}, "between 0 and 1"), ({"rank": 0}, "have to be positive"), ({"full": True}, "learns a plain LoRA"),
+                        ({"samples": 1}, "needs 2 samples or more"), ({"alphas": (0.0,)}, "a position other than 0")):  # fmt: skip
         with pytest.raises(SettingError, match=said):
             RewardSettings(**wrong)  # pyright: ignore[reportArgumentType]
