@@ -158,7 +158,7 @@ def demo(
 
 @app.command("report")
 def report(run: Annotated[str, typer.Argument(help="Run folder of sweep, mix or calibrate.")]) -> None:
-    """Figures, HTML and Markdown again from a finished sweep's rows; the tables of mix and calibrate."""
+    """Figures, HTML and Markdown again from a finished sweep's rows; the tables of mix, reward and calibrate."""
     from cotvalve.sweep import redo
 
     tables = [path for name in ("mix.md", "calibration.md", "rounds.md") if (path := Path(run) / name).is_file()]

@@ -24,7 +24,7 @@ import yaml
 from cotvalve.errors import DataError, SettingError, unknown
 from cotvalve.records import read_json, write_json
 from cotvalve.settings import Settings
-from cotvalve.types import Progress, silent
+from cotvalve.types import Progress, silent, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +182,10 @@ def run(recipe: Recipe, progress: Progress = silent) -> Iterator[tuple[str, Path
     for step in recipe.steps:
         settings = step.settings.model_dump(mode="json")
         if step.name not in done or done[step.name]["settings"] != settings:
-            made = VERBS[step.verb].run(step.settings, _named(step.name, progress))
+            made = VERBS[step.verb].run(step.settings, within(step.name, progress))
             done[step.name] = {"settings": settings, "made": str(made)}
             write_json(record, done)
         yield step.name, Path(done[step.name]["made"])
-
-
-def _named(step: str, progress: Progress) -> Progress:
-    def told(task: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{step}: {task}", done, total, note)
-
-    return told
 
 
 def demo(out: Path, seed: int = 0, progress: Progress = silent) -> Path:

@@ -1,9 +1,9 @@
 """`reward`: sample, learn from all chains, right and wrong, sample what was learned, as often as is asked for.
 
 Comes in: questions with gold answers, and a direction to begin with (none: the plain model). Goes out: the last round's
-direction, a folder for each round with its chains and its direction, and a table of the rounds. A round is a run of `mix` and one of
-`train reward` on it, on the next questions of the seeded order; a killed run goes on in the round, and in the chain or the
-step, where it was.
+direction, a folder for each round with its chains and its direction, and a table of the rounds. A round is a run of
+`mix` and one of `train reward` on it, on the next questions of the seeded order; a killed run goes on in the round, and
+in the chain or the step, where it was.
 
     cotvalve reward --model BASE --direction runs/progressive --data gsm8k --limit 600 --rounds 4 --out runs/reward
 """
@@ -19,7 +19,7 @@ from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.records import Run, disk, read_json, write_json, write_text
 from cotvalve.settings import Alphas, Settings
 from cotvalve.train import FitSettings, TrainSettings
-from cotvalve.types import Progress, Toward, silent
+from cotvalve.types import Progress, Toward, silent, within
 
 Own = TypeVar("Own", bound=Settings)
 
@@ -103,7 +103,7 @@ def run(settings: RewardSettings, progress: Progress = silent) -> Path:
     lines, stages = list(HEAD), list[Any]()
     with Run(folder, "reward", decisive) as at:
         for number, (sample, learn) in enumerate(parts(settings), 1):
-            last, told = Path(learn.out), _told(f"round {number} of {settings.rounds}", progress)
+            last, told = Path(learn.out), within(f"round {number} of {settings.rounds}", progress)
             if not (last / "train.json").exists():
                 if not (Path(sample.out) / "mix.json").exists():
                     mixchain.run(sample, told)
@@ -117,10 +117,3 @@ def run(settings: RewardSettings, progress: Progress = silent) -> Path:
             write_text(folder / TABLE, "\n".join(lines) + "\n")
         write_json(folder / "train.json", {"stages": stages})
     return folder / TABLE
-
-
-def _told(where: str, progress: Progress) -> Progress:
-    def told(task: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{where}: {task}", done, total, note)
-
-    return told

@@ -180,3 +180,12 @@ class Progress(Protocol):
 
 def silent(task: str, done: int, total: int, note: str = "") -> None:
     """The progress that shows nothing: the default of every library function."""
+
+
+def within(where: str, progress: Progress) -> Progress:
+    """The same progress, with the place in a longer work before each task."""
+
+    def told(task: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{where}: {task}", done, total, note)
+
+    return told
