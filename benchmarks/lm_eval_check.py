@@ -146,7 +146,7 @@ def explain(view: str, seen: Seen) -> str:
         return "thousands"
     if view == "math_verify" and not boxed:
         return "unboxed"
-    if view == "math_verify" and "%" in (seen.ours.predicted or "") and seen.gold.kind == "number":
+    if view == "math_verify" and "%" in (seen.ours.predicted or "") and "%" not in seen.gold.answer:
         return "percent"
     if view == "math_verify" and len(boxed) > 1:
         return "several"

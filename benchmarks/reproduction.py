@@ -370,8 +370,9 @@ def publish(folders: Sequence[Path], home: Path, texts: Sequence[str]) -> None:
 
     `texts` names the sweeps, as FOLDER/STEP, that keep them.
     """
-    for step in sorted(path.parent for folder in folders for path in folder.glob("*/run.json")):
-        target = home / step.parent.name / step.name
+    # A run of `reward` has a folder for each of its rounds' two halves.
+    places = ("*/run.json", "*/round-*/*/run.json")
+    for step, target in sorted((path.parent, home / folder.name / path.parent.relative_to(folder)) for folder in folders for place in places for path in folder.glob(place)):
         kept = [path for name in ("run.json", "train.json", "mix.json") if (path := step / name).exists()]
         if (step / "rows.parquet").exists():
             rows = read_parquet(step / "rows.parquet")

@@ -40,7 +40,7 @@ def encode(stage: Stage, tokenizer: PreTrainedTokenizerBase, ask: str, max_lengt
     for example in stage.examples:
         before = render(tokenizer, example.problem.question, how)
         start = tokenizer(before, add_special_tokens=False)["input_ids"]
-        end = tokenizer(target(tokenizer, before, example.chain.text), add_special_tokens=False)["input_ids"]
+        end = tokenizer(target(tokenizer, before, example.chain.text, example.ended), add_special_tokens=False)["input_ids"]
         if len(start) + len(end) > max_length:
             too_long += 1
             continue

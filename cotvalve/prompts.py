@@ -154,8 +154,8 @@ def chain_from_solution(problem: Problem, thinking: bool) -> str:
     return solution if "\\boxed" in solution else f"{solution}\n{answer}"
 
 
-def target(tokenizer: "PreTrainedTokenizerBase", rendered: str, chain: str) -> str:
-    """The text to learn after the prompt `rendered`: the chain and the end-of-turn mark.
+def target(tokenizer: "PreTrainedTokenizerBase", rendered: str, chain: str, ended: bool = True) -> str:
+    """The text to learn after the prompt `rendered`: the chain and, if it `ended`, the end-of-turn mark.
 
     Where the chat template's generation prompt already opened the thinking block, the chain's own opening
     is dropped, as the model would not have written it.
@@ -163,4 +163,4 @@ def target(tokenizer: "PreTrainedTokenizerBase", rendered: str, chain: str) -> s
     text = chain.strip()
     if rendered.rstrip().endswith(THINK) and text.startswith(THINK):
         text = text.removeprefix(THINK).lstrip("\n") if rendered.endswith("\n") else text.removeprefix(THINK)
-    return text + end_of_turn(tokenizer)
+    return text + end_of_turn(tokenizer) if ended else text

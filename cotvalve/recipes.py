@@ -27,6 +27,8 @@ class Example:
     alpha: float
     weight: float = 1.0
     """How much each of its tokens counts in the loss; below 0 the chain becomes less likely."""
+    ended: bool = True
+    """Whether the chain came to its end: a truncated one has none to learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +152,14 @@ def worths(chains: Sequence[Judged], brevity: float) -> list[float]:
     return [each - usual for each in rewards]
 
 
-def reward(sampled: Sequence[tuple[Problem, Sequence[Judged]]], brevity: float) -> list[Stage]:
+def reward(sampled: Sequence[tuple[Problem, Sequence[Judged]]], brevity: float, truncated: bool = False) -> list[Stage]:
     """A step up the reward, at each position of the dial by itself: policy gradient on chains just sampled.
 
     Not in the paper: eq. 3 with every chain at the alpha it was sampled at, wrong ones too, weighted by `worths`. The
     gradient of mean reward with respect to delta at alpha is E[worth * d log p(chain | alpha)], as long as the chains are
     the learned direction's own: sample at temperature 1, train for one epoch, and sample anew. Truncated chains count in
-    their group's mean and are not learned. Raises DataError when no group has chains of different worth.
+    their group's mean; they are unlearned, without an end, only where `truncated` says so. Raises DataError when no group
+    has chains of different worth.
     """
     examples: list[Example] = []
     skipped = 0
@@ -166,8 +169,8 @@ def reward(sampled: Sequence[tuple[Problem, Sequence[Judged]]], brevity: float) 
             groups[one.chain.alpha or 0.0].append(one)
         for alpha, group in groups.items():
             for one, worth in zip(group, worths(group, brevity), strict=True):
-                if worth and alpha and not one.truncated:
-                    examples.append(Example(problem, one.chain, alpha, worth))
+                if worth and alpha and (truncated or not one.truncated):
+                    examples.append(Example(problem, one.chain, alpha, worth, ended=not one.truncated))
                 else:
                     skipped += 1
     if not examples:

@@ -49,8 +49,10 @@ class RewardSettings(Sampling, FitSettings):
     """Chains per question and alpha: what a chain is worth is told by the others."""
     temperature: float = 1.0
     """Has to stay 1: chains at another temperature are no sample of what learns."""
-    brevity: float = 0.2
+    brevity: float = 0.5
     """What the longest right chain of a question earns less than the shortest, which earns 1; a wrong one earns 0."""
+    truncated: bool = False
+    """Unlearn truncated chains too, most of which repeat themselves; without it they only count as wrong."""
     # A step of few examples follows the luck of a few chains.
     batch: int = 256
     """Examples per optimizer step."""

@@ -276,8 +276,10 @@ class TrainSettings(ModelSettings, FitSettings):
     """Progressive: number of stages; by default the largest number of chains of a question. Valve: solution is one of so many."""
     solution: int | None = None
     """Valve: train on this solution instead of the shortest chain (the authors' column, else the rank from the longest, 0)."""
-    brevity: float = 0.2
+    brevity: float = 0.5
     """Reward: what the longest right chain of a question earns less than the shortest, which earns 1; a wrong one earns 0."""
+    truncated: bool = False
+    """Reward: unlearn truncated chains too, most of which repeat themselves; without it they only count as wrong."""
     toward: Toward = "shorter"
     """Where chains go as alpha grows."""
     out: str = "runs/train"
@@ -324,7 +326,7 @@ def _stages(settings: TrainSettings, valve: Valve) -> tuple[list[Problem], list[
         mixchain.check_own(settings.data, made, settings.prompt, settings.direction, digest)
         if settings.limit is not None:
             sampled = subset(sampled, settings.limit, settings.seed, lambda pair: pair[0].id)
-        return [problem for problem, _ in sampled], recipes.reward(sampled, settings.brevity)
+        return [problem for problem, _ in sampled], recipes.reward(sampled, settings.brevity, settings.truncated)
     if not mixchain.is_mixchain(settings.data):
         if settings.recipe != "valve":
             raise SettingError(f"recipe '{settings.recipe}' needs several chains per question; give the run folder of `cotvalve mix` as --data")

@@ -32,7 +32,7 @@ from cotvalve.verbs import ExtractSettings
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes" / "reproduction").glob("*.yaml"))
 PROMPT = "prompt: budget 20"
-WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "many", "reward-search", "reward", "reward-math")
+WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "many", "reward-search", "reward", "reward-math", "reward-more", "reward-loops")
 """Recipes that choose on all held-out questions, and not on 300."""
 
 
@@ -354,7 +354,7 @@ def shrunk(path: Path, folder: Path) -> str:
         if step["verb"] in ("mix", "reward"):
             step["max_new_tokens"] = 400
         if step["verb"] == "reward":
-            step |= {"rounds": 3, "samples": 4}
+            step["samples"] = 4
     (folder / path.name).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return str(folder / path.name)
 

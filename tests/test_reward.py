@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cotvalve import Valve, rounds
-from cotvalve.batches import collate, collate_flat, encode, pack
+from cotvalve.batches import IGNORED, collate, collate_flat, encode, pack
 from cotvalve.chains import judged
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, SettingError
@@ -16,6 +16,7 @@ from cotvalve.headloss import Worth, compiled
 from cotvalve.learner import Learner
 from cotvalve.mixchain import MixSettings
 from cotvalve.mixchain import run as mix
+from cotvalve.prompts import end_of_turn
 from cotvalve.recipes import Example, Stage, reward, worths
 from cotvalve.records import Json, read_json, write_json
 from cotvalve.rounds import RewardSettings
@@ -60,6 +61,18 @@ def test_truncated_chains_count_in_the_mean_and_are_not_learned() -> None:
     (stage,) = reward([(SEVEN, [one(100, right=True), one(640, right=False, truncated=True)])], 0.2)
     assert [(e.chain.tokens, e.weight) for e in stage.examples] == [(100, 0.5)]
     assert stage.skipped == 1
+
+
+def test_truncated_chains_are_unlearned_without_an_end_where_it_is_asked_for() -> None:
+    chains = [Judged(Chain("3 + 4 = 7", 100, 1.0), True), Judged(Chain("3 + 3 + 3", 640, 1.0), False, truncated=True)]
+    (stage,) = reward([(SEVEN, chains)], 0.2, truncated=True)
+    assert [(e.chain.tokens, e.weight, e.ended) for e in stage.examples] == [(100, 0.5, True), (640, -0.5, False)]
+    assert stage.skipped == 0
+    tokenizer = models.tokenizer()
+    told = [[label for label in row["labels"] if label != IGNORED] for row in encode(stage, tokenizer, "plain", 4096)[0]]
+    ends = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+    assert told[0] == tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"] + ends
+    assert told[1] == tokenizer("3 + 3 + 3", add_special_tokens=False)["input_ids"]
 
 
 def test_the_plain_end_of_the_dial_is_not_learned() -> None:
@@ -286,6 +299,16 @@ def test_chains_of_a_run_are_learned_by_what_they_are_worth(tmp_path: Path) -> N
     assert found.sha256() != Direction.load("tiny-valve").sha256()
 
 
+def test_a_run_that_unlearns_truncated_chains_learns_from_more_of_them(tmp_path: Path) -> None:
+    data = sampled(tmp_path / "mix", max_new_tokens=110)
+    cut = sum(row.truncated for _, chains in judged(data)[0] for row in chains)
+    assert 0 < cut < 48
+    counts = [read_json(learns(data, tmp_path / str(which), truncated=which) / "train.json")["stages"][0] for which in (False, True)]
+    assert counts[0]["examples"] < counts[1]["examples"]
+    assert all(count["examples"] + count["skipped_chains"] == 48 for count in counts)
+    assert counts[0]["skipped_chains"] >= cut
+
+
 def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) -> None:
     data = sampled(tmp_path / "mix")
     with pytest.raises(SettingError, match=r"chains of another direction \(tiny-valve\) than the one that learns \(a new one\)"):
@@ -365,8 +388,8 @@ def test_a_round_samples_what_the_round_before_learned_on_other_questions(whole:
     rounds.run(settings, lambda task, *_: told.append(task))
     assert not told, "nothing was left to do"
     assert {path: path.stat().st_mtime_ns for path in out.glob("round-*/*/*.json")} == before
-    with pytest.raises(DataError, match=r"holds a run with brevity=0\.2, this one has 0\.5"):
-        rounds.run(RewardSettings(**{**ROUNDS, "brevity": 0.5}, out=str(out)))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match=r"holds a run with brevity=0\.5, this one has 0\.3"):
+        rounds.run(RewardSettings(**{**ROUNDS, "brevity": 0.3}, out=str(out)))  # pyright: ignore[reportArgumentType]
 
 
 def test_rounds_that_were_stopped_go_on_to_the_same_direction(whole: tuple[Path, list[str]], tmp_path: Path) -> None:
