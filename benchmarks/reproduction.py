@@ -6,6 +6,7 @@
     python benchmarks/reproduction.py runs/reproduction/* --table table7 --against "solution 0 directly"
     python benchmarks/reproduction.py runs/reproduction/* --table main --subset numeric
     python benchmarks/reproduction.py runs/reproduction/* --figures docs/reproduction  # the curves and dials as PNG too
+    python benchmarks/reproduction.py runs/reproduction/* --figures docs/reproduction --curve "+P=main:CoT-Valve+P" --curve "bounded=bounded4:4 rounds"
     python benchmarks/reproduction.py runs/reproduction/* --publish results/reproduction --texts 0/main-gsm8k
 
 A folder is one seed. In it every finished sweep counts, by the first word of its step's name (table7-heldout,
@@ -365,6 +366,23 @@ def draw(folders: Sequence[Path], only: Sequence[str], draws: int, home: Path) -
     return made
 
 
+def together(folders: Sequence[Path], curves: Sequence[str], draws: int, home: Path) -> list[Path]:
+    """Accuracy against tokens of dials from several tables, LABEL=TABLE:SYSTEM each, beside the plain model of the first; gives the files."""
+    found = read(folders)
+    chosen = [(label, *place.partition(":")[::2]) for label, _, place in (curve.partition("=") for curve in curves)]
+    made: list[Path] = []
+    for dataset in dict.fromkeys(dataset for name, dataset, apart in found if name == chosen[0][1] and not apart):
+        points = [line("", PLAIN, None, found[chosen[0][1], dataset, False], dataset, draws).point]
+        for label, name, system in chosen:
+            here = found.get((name, dataset, False), Measured())
+            points += [replace(line("", system, alpha, here, dataset, draws).point, system=label) for alpha in here.systems.get(system, {}) if alpha]
+        if {point.system for point in points} == {PLAIN, *(label for label, *_ in chosen)}:
+            made.append(figures.save(figures.curve(points), home / f"together-{dataset}-curve.png"))
+    if not made:
+        raise SettingError(f"no data set has all of {', '.join(curves)}; a curve is LABEL=TABLE:SYSTEM")
+    return made
+
+
 def publish(folders: Sequence[Path], home: Path, texts: Sequence[str]) -> None:
     """What a repository keeps of run folders: settings, facts, counts, and rows, nearly all of whose bytes are the texts.
 
@@ -397,12 +415,16 @@ def main() -> None:
     parser.add_argument("--loss", type=float, default=1.0, help="points of held-out accuracy that 'no loss' may cost")
     parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
     parser.add_argument("--figures", type=Path, help="a folder for the figures")
+    parser.add_argument("--curve", action="append", default=[], help="LABEL=TABLE:SYSTEM, a dial in one figure with the other --curve ones, in place of the tables")
     parser.add_argument("--publish", type=Path, help="a folder for the small parts of the runs, in place of the tables")
     parser.add_argument("--texts", action="append", default=[], help="FOLDER/STEP of a sweep that keeps its texts there; can be given several times")
     given = parser.parse_args()
     try:
         if given.publish:
             publish(given.folders, given.publish, given.texts)
+            return
+        if given.curve:
+            print(*together(given.folders, given.curve, given.draws, given.figures or Path()), sep="\n")
             return
         if given.figures:
             for path in draw(given.folders, given.table, given.draws, given.figures):

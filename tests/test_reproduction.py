@@ -209,6 +209,21 @@ def test_figures_show_every_system_with_all_seeds_together(tmp_path: Path, monke
     assert reproduction.draw(folders, ["table7"], 99, tmp_path / "none") == []
 
 
+def test_dials_of_several_tables_are_drawn_together_beside_one_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders, seen = seeds(tmp_path), list[Any]()
+    plain = rows(0.0, "+---", [400] * 4)
+    sweep(tmp_path / "0" / "other-gsm8k", {PLAIN: plain, "B": [*plain, *rows(1.0, "++++", [10] * 4)]})
+    sweep(tmp_path / "0" / "other-math500", {PLAIN: plain}, data="math500")
+    monkeypatch.setattr(reproduction.figures, "curve", lambda points, keep=reproduction.figures.curve: seen.extend(points) or keep(points))
+    made = reproduction.together(folders, ["mine=main:A", "yours=other:B"], 99, tmp_path)
+    assert [path.name for path in made] == ["together-gsm8k-curve.png"]
+    assert [(point.system, point.alpha) for point in seen] == [(PLAIN, None), ("mine", 0.25), ("mine", 0.5), ("mine", 1), ("yours", 1)]
+    assert [point.tokens_mean for point in seen] == [250, 125, 75, 25, 10]
+    for wrong in ("A", "mine=main:B", "mine=mian:A"):
+        with pytest.raises(SettingError, match="a curve is LABEL=TABLE:SYSTEM"):
+            reproduction.together(folders, [wrong], 99, tmp_path)
+
+
 def test_a_set_without_the_system_that_all_are_compared_with_is_passed_over(tmp_path: Path) -> None:
     folders = seeds(tmp_path)
     for folder in folders:
