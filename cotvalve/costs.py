@@ -143,7 +143,8 @@ def efficiency(model: Architecture) -> Range:
 
 def training_hours(model: Architecture, settings: TrainSettings, tokens: Range, length: Range, card: Card) -> Range:
     """GPU-hours for `tokens` in all, in examples of `length`."""
-    again = 1 if settings.gradient_checkpointing else 0
+    # One forward pass more for each: activations computed twice; how likely every chain was, where steps are bounded by it.
+    again = bool(settings.gradient_checkpointing) + (settings.recipe == "reward" and settings.trust > 0)
     # Forward 2 operations per weight, backward 2 to the activations and, where weights learn, 2 to those.
     weights = (6 if settings.full else 4) + 2 * again
     attention = (3 + again) * 2 * model.layers * model.heads * model.head_dim
@@ -194,8 +195,8 @@ def how() -> list[str]:
     """The formulas in words."""
     return [
         "- Training: 4 operations per weight and token with a LoRA (forward 2, backward 2; frozen weights get no gradient), 6 in full "
-        "fine-tuning, 2 more with gradient checkpointing; causal attention 6 x layers x query width x length (8 with "
-        "checkpointing). Hours = operations / (published bf16 rate x 20-45 %; 15-40 % below 4 billion parameters).",
+        "fine-tuning, 2 more with gradient checkpointing and 2 more where reward has a trust; causal attention 6 x layers x query width x "
+        "length (2 more for each of the two). Hours = operations / (published bf16 rate x 20-45 %; 15-40 % below 4 billion parameters).",
         "- Sampling: a step reads the weights and every slot's keys, values and logits at 30-60 % of the published bandwidth (or "
         f"multiplies at half the published rate, if that takes longer), plus {LAUNCH.low * 1e3:g}-{LAUNCH.high * 1e3:g} ms a layer. Hours = steps x tokens / slots.",
         "- Memory in training: weights at 2 bytes (0.52 in 4 bits), 16 bytes for each learned parameter (fp32 with gradient and Adam), "

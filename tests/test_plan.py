@@ -202,6 +202,9 @@ def test_training_hours_on_paper() -> None:
     # attention: forward 2 x 1 layer x 1000 wide x 100 tokens, backward twice that
     assert work() == pytest.approx(1e6 * (4 * 8_003_000 + 3 * 200_000))
     assert work(gradient_checkpointing=True) == pytest.approx(1e6 * (6 * 8_003_000 + 4 * 200_000))
+    # the pass before the first step of a bounded reward
+    assert work(recipe="reward") == pytest.approx(1e6 * (6 * 8_003_000 + 4 * 200_000))
+    assert work(recipe="reward", trust=0) == work()
     assert work(full=True) == pytest.approx(1e6 * (6 * 8_003_000 + 3 * 200_000))
 
 
