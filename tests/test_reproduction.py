@@ -325,6 +325,9 @@ def test_published_rows_give_the_same_tables_without_their_texts(tmp_path: Path)
     systems = {PLAIN: rows(0.0, "++--", [200] * 4, looping), "A": [*rows(0.0, "++--", [200] * 4, looping), *rows(0.5, "+++#", [90] * 4), *rows(1.0, "+--#", [40] * 4, looping)]}
     sweep(folder / "main-gsm8k", systems)
     write_json(folder / "mix" / "run.json", {"verb": "mix"})
+    for part, told in (("mix", "mix.json"), ("direction", "train.json")):
+        for name in ("run.json", told, "rows.sqlite"):
+            write_json(folder / "short" / "round-1" / part / name, {"verb": part})
     before = reproduction.document([folder], [], PLAIN, 1.0, 99)
     assert "| 1 | 25.0" in before
     assert "| 25.0 | 100.0 |" in before  # one is cut, all four repeat themselves
@@ -334,6 +337,8 @@ def test_published_rows_give_the_same_tables_without_their_texts(tmp_path: Path)
         assert reproduction.document([home / "0"], [], PLAIN, 1.0, 99) == before
         assert ("text" in read_parquet(home / "0" / "main-gsm8k" / "rows.parquet")[0]) == bool(texts)
         assert not (home / "0" / "mix").exists()  # it had not ended
+        rounds = sorted(str(path.relative_to(home / "0" / "short" / "round-1")) for path in (home / "0" / "short").rglob("*.*"))
+        assert rounds == ["direction/run.json", "direction/train.json", "mix/mix.json", "mix/run.json"]
 
 
 def test_steps_of_one_name_are_the_same_in_every_recipe() -> None:
