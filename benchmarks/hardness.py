@@ -2,13 +2,15 @@
 
     python benchmarks/hardness.py results/reproduction/0 results/reproduction/1 --table main --system CoT-Valve++ --alphas 0.5,1
 
-Questions are put in thirds by the length of their human solution, which no model had a say in. A folder is one seed;
-intervals as in benchmarks/reproduction.py. Needs the data sets for the solutions (--data, COTVALVE_DATA, or the hub).
+Questions are put in thirds by the length of their human solution, which no model had a say in, or (--by answer) by what
+their gold answer is: a number, a list of numbers, a word, a ratio, a time. A folder is one seed; intervals as in
+benchmarks/reproduction.py. Needs the data sets for the solutions and answers (--data, COTVALVE_DATA, or the hub).
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +42,27 @@ def thirds(problems: Sequence[Problem]) -> list[set[str]]:
     return [set(order[a:b]) for a, b in pairwise(ends)]
 
 
+def answers(problems: Sequence[Problem]) -> dict[str, set[str]]:
+    """Ids of the questions with each kind of answer, the most frequent kind first; empty when all are of one kind.
+
+    >>> from dataclasses import replace
+    >>> one = load("arithmetic", limit=1)[0]
+    >>> kinds = {str(n): kind for n, kind in enumerate(("word", "number", "number"))}
+    >>> {kind: sorted(ids) for kind, ids in answers([replace(one, id=n, kind=kind) for n, kind in kinds.items()]).items()}
+    {'number': ['1', '2'], 'word': ['0']}
+    """
+    often = Counter(problem.kind for problem in problems).most_common()
+    return {kind: {problem.id for problem in problems if problem.kind == kind} for kind, _ in often} if len(often) > 1 else {}
+
+
+def solutions(problems: Sequence[Problem]) -> dict[str, set[str]]:
+    """Ids of the questions of each third; empty when they come without human solutions."""
+    return dict(zip(THIRDS, thirds(problems), strict=True)) if any(problem.solution for problem in problems) else {}
+
+
+PARTS: dict[str, Callable[[Sequence[Problem]], dict[str, set[str]]]] = {"solution": solutions, "answer": answers}
+
+
 def among(here: Measured, ids: set[str]) -> Measured:
     """What was measured on the questions `ids`."""
     systems = {
@@ -49,8 +72,8 @@ def among(here: Measured, ids: set[str]) -> Measured:
     return replace(here, systems=systems)
 
 
-def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: Sequence[float], draws: int, data_dir: str | None) -> str:
-    """One table for each data set that has solutions; a system may have been measured on some of them only."""
+def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: Sequence[float], draws: int, data_dir: str | None, by: str = "solution") -> str:
+    """One table for each data set that can be parted so; a system may have been measured on some of them only."""
     parts: list[str] = []
     tests = {dataset: here for (name, dataset, held), here in read(folders).items() if name == table and not held}
     known = list(dict.fromkeys(system for here in tests.values() for system in here.systems))
@@ -58,19 +81,21 @@ def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: 
         raise DataError(f"there is no '{missing[0]}' in table {table}; it has {', '.join(known)}")
     for dataset, here in tests.items():
         problems = load(dataset, split="test", data_dir=data_dir)
-        if not any(problem.solution for problem in problems):
-            continue
         lines: list[Line] = []
-        for label, ids in zip(THIRDS, thirds(problems), strict=True):
+        for label, ids in PARTS[by](problems).items():
             some = among(here, ids)
+            label = f"{label} ({len(ids):,})" if by == "answer" else label
             lines.append(line(label, PLAIN, None, some, dataset, draws))
             for system in systems:
                 if system not in some.systems:
                     continue
                 lines += [line(label, system, alpha, some, dataset, draws, PLAIN) for alpha in alphas if alpha in some.systems[system]]
-        parts.append(f"{dataset}, {len(problems):,} questions in thirds:\n\n{lines_table(lines, PLAIN)}")
+        if lines:
+            how = "in thirds" if by == "solution" else "by kind of answer"
+            parts.append(f"{dataset}, {len(problems):,} questions {how}:\n\n{lines_table(lines, PLAIN)}")
     if not parts:
-        raise DataError(f"no sweep of table '{table}' on a set with human solutions in {', '.join(map(str, folders))}")
+        what = "human solutions" if by == "solution" else "several kinds of answers"
+        raise DataError(f"no sweep of table '{table}' on a set with {what} in {', '.join(map(str, folders))}")
     return "\n\n".join(parts)
 
 
@@ -81,11 +106,12 @@ def main() -> None:
     parser.add_argument("--table", default="main")
     parser.add_argument("--system", action="append", required=True, help="can be given several times")
     parser.add_argument("--alphas", default="0.5,1")
+    parser.add_argument("--by", choices=PARTS, default="solution", help="how questions are parted")
     parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
     parser.add_argument("--data", help="folder with local copies of the data sets")
     given = parser.parse_args()
     try:
-        print(tables(given.folders, given.table, given.system, [float(part) for part in given.alphas.split(",")], given.draws, given.data))
+        print(tables(given.folders, given.table, given.system, [float(part) for part in given.alphas.split(",")], given.draws, given.data, given.by))
     except CotvalveError as error:
         raise SystemExit(f"hardness: {error}") from None
 

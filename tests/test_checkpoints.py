@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from benchmarks import dequantize
 from cotvalve import checkpoints
 from cotvalve.checkpoints import billions, load_config, load_model, load_tokenizer, pick_device, pick_dtype
 from cotvalve.errors import DataError, EngineError, SettingError
-from cotvalve.weights import Checkpoint
+from cotvalve.weights import Checkpoint, fingerprint
 from tests import models
 
 
@@ -100,8 +101,8 @@ def test_embedded_names_are_folders_in_the_package() -> None:
     assert checkpoints.resolve("./tiny") == "./tiny"
 
 
-def _gguf_qwen2(model: PreTrainedModel, path: Path) -> None:
-    """Writes `model` with byte tokens as llama.cpp would: an fp32 GGUF of architecture qwen2."""
+def _gguf_qwen2(model: PreTrainedModel, path: Path, *, coarse: bool = False) -> None:
+    """Writes `model` with byte tokens as llama.cpp would: a GGUF of architecture qwen2, in fp32 or (`coarse`) its tables in 4 and 8 bits."""
     config, writer = model.config, gguf.GGUFWriter(path, "qwen2")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -134,7 +135,11 @@ def _gguf_qwen2(model: PreTrainedModel, path: Path) -> None:
     for name, tensor in model.state_dict().items():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
-        writer.add_tensor(name, tensor.numpy())
+        if coarse and tensor.dim() > 1:
+            kind = gguf.GGMLQuantizationType.Q4_0 if name.startswith("token_embd") else gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -157,6 +162,37 @@ def test_gguf_is_a_plain_model(tmp_path: Path) -> None:
     assert billions(tmp_path / "m.gguf") == billions(made)
     with pytest.raises(DataError, match=r"n.gguf: no such GGUF file"):
         load_model(tmp_path, gguf_file="n.gguf")
+
+
+def test_the_reproductions_base_is_the_gguf_with_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama.cpp stores a tied table twice, in 4 and in 8 bits: the finer one is kept, everything else is what transformers reads."""
+    _gguf_qwen2(models.qwen2(), tmp_path / "m.gguf", coarse=True)
+    read = {name: tensor.bfloat16() for name, tensor in load_model(tmp_path / "m.gguf", device="cpu").state_dict().items()}
+    assert dequantize.main([str(tmp_path / "m.gguf"), str(tmp_path / "owner" / "base")]) == 0
+    model = load_model(tmp_path / "owner" / "base", device="cpu", dtype="bfloat16")
+    assert capsys.readouterr().out.strip().endswith(fingerprint(model))
+    finer = read.pop("lm_head.weight")
+    assert not torch.equal(read.pop("model.embed_tokens.weight"), finer)
+    made = model.state_dict()
+    assert model.config.tie_word_embeddings
+    assert torch.equal(made.pop("model.embed_tokens.weight"), finer)
+    assert torch.equal(made.pop("lm_head.weight"), finer)
+    assert made.keys() == read.keys()
+    assert all(torch.equal(made[name], read[name]) for name in made)
+    assert load_tokenizer(tmp_path / "owner" / "base").padding_side == "left"
+
+
+def test_what_is_no_such_gguf_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("no weights")
+    for architecture in ("llama", "qwen2"):
+        writer = gguf.GGUFWriter(tmp_path / f"{architecture}.gguf", architecture)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    told = {"none": "no GGUF file", "text": "no GGUF file", "llama": "architecture llama; only qwen2", "qwen2": "has one table already"}
+    for name, why in told.items():
+        with pytest.raises(SystemExit, match=rf"^dequantize: .*{name}\.gguf: {why}"):
+            dequantize.main([str(tmp_path / f"{name}.gguf"), str(tmp_path / "out")])
 
 
 # What is refused, in one line

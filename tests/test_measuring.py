@@ -80,6 +80,14 @@ def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, mo
     assert [line[3].split()[0] for line in lines] == ["100.0", "100.0", "0.0"]
     assert [line[6].split()[0] for line in lines] == ["0.0", "0.0", f"{MINUS}100.0"]
     assert all(line[7].startswith("2.00") for line in lines)
+    # By answers: the three that the dial loses are the words.
+    kinds = [replace(one, kind="word" if i < 3 else "number") for i, one in enumerate(nine)]
+    monkeypatch.setattr(hardness, "load", lambda *_, **__: kinds)
+    by = [line.split(" | ") for line in hardness.tables([tmp_path / "0"], "main", ["V"], [1.0], 99, None, "answer").splitlines() if line.startswith("| V")]
+    assert [(line[1], line[6].split()[0]) for line in by] == [("number (6)", "0.0"), ("word (3)", f"{MINUS}100.0")]
+    monkeypatch.setattr(hardness, "load", lambda *_, **__: nine)
+    with pytest.raises(DataError, match="no sweep of table 'main' on a set with several kinds of answers"):
+        hardness.tables([tmp_path / "0"], "main", ["V"], [1.0], 99, None, "answer")
     # A system that one data set does not have is told for the others.
     other = tmp_path / "0" / "main-math500"
     other.mkdir()

@@ -32,7 +32,7 @@ from cotvalve.verbs import ExtractSettings
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes" / "reproduction").glob("*.yaml"))
 PROMPT = "prompt: budget 20"
-WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "many", "reward-search", "reward", "reward-math", "reward-more", "reward-loops")
+WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "many", "reward-search", "reward", "reward-math", "reward-more", "reward-loops", "reward-whole", "reward-steps")
 """Recipes that choose on all held-out questions, and not on 300."""
 
 
@@ -282,7 +282,7 @@ def test_a_recipe_measures_what_it_learns_and_chooses_on_the_same_held_out_quest
     tables = {table for table, _ in swept}
     # What is measured on test questions has its positions from held-out ones.
     assert all(swept[table, True] == swept.get((table, False), swept[table, True] if path.stem == "reward-search" else None) for table in tables)
-    used = set().union(*swept.values()) | {s.direction for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, MixSettings))}
+    used = set().union(*swept.values()) | {s.direction for step in recipe.steps if isinstance(s := step.settings, (TrainSettings, MixSettings, RewardSettings))}
     assert learned <= used
 
 
