@@ -201,8 +201,9 @@ def train(options: argparse.Namespace, part: str, *, profile: int = 0, dtype: st
     from cotvalve import learner
     from cotvalve import train as training
     from cotvalve.direction import Card
+    from cotvalve.fitting import FitSettings
     from cotvalve.recipes import Stage
-    from cotvalve.train import FitSettings, fit
+    from cotvalve.train import fit
     from cotvalve.valve import Valve
 
     model = load(options, dtype)
@@ -289,9 +290,9 @@ def exact(options: argparse.Namespace) -> dict[str, Any]:
     from peft.helpers import disable_input_dtype_casting
 
     from cotvalve.batches import collate, collate_flat
+    from cotvalve.fitting import FitSettings
     from cotvalve.lean import can_lie_flat, lean
     from cotvalve.learner import Learner
-    from cotvalve.train import FitSettings
     from cotvalve.valve import Valve
 
     rows = data(options, 1, SHAPE["vocab_size"] if not options.small else 5000)[:12]

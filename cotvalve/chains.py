@@ -5,13 +5,13 @@ Sets from elsewhere may hold questions that results are reported on; those are r
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotvalve.answers import boxes
-from cotvalve.card import DIRECTION_SHA256
+from cotvalve.card import BASE_SHA256, DIRECTION_SHA256
 from cotvalve.errors import DataError, SettingError
 from cotvalve.problems import NAMES, training
 from cotvalve.problems.dataset import hub_rows
@@ -48,6 +48,8 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
             unseen[where_from] += 1
             continue
         if row.get("chains") is not None:
+            if not isinstance(row["chains"], list):
+                raise DataError(f"{where}: chains is {row['chains']!r}, expected a list of objects with text and tokens")
             chains = [_chain(c, where) for c in row["chains"]]
         elif isinstance(row.get("solution"), str):
             chains = [Chain(row["solution"], _length(tokenizer, row["solution"]), solution=0)]
@@ -101,18 +103,23 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
     return [(known[name], chains) for name, chains in found.items()], made
 
 
-def check_own(folder: str, made: Json, ask: str, direction: str, digest: str | None) -> None:
-    """Refuses chains that are no sample of the direction that is about to learn from them: a policy gradient is wrong on those.
+def check_own(folder: str, made: Json, ask: str, template: str | None, direction: str, facts: Mapping[str, str]) -> None:
+    """Refuses chains that are no sample of the model that is about to learn from them: a policy gradient is wrong on those.
 
-    `made` is the run.json beside the chains, `ask` the prompt of the training, `digest` the direction's sha256, None for
-    a new one.
+    `made` is the run.json beside the chains; `ask` and `template` are the training's prompt and chat template, `facts`
+    those of its valve, with the base's sha256 (none for a quantized one) and the direction's (none for a new one).
     """
     how = made["settings"]
+    was, now = made["facts"].get(BASE_SHA256), facts.get(BASE_SHA256)
+    if was and now and was != now:
+        raise SettingError(f"{folder}: chains of another model ({how['model']}, {was[:12]}) than the one that learns ({now[:12]})")
+    if how.get("chat_template") != template:
+        raise SettingError(f"{folder}: asked with the chat template {how.get('chat_template')}, training would ask with {template}")
     if how["temperature"] != 1 or how["top_p"] != 1:
         raise SettingError(f"{folder}: sampled at temperature {how['temperature']:g}, top_p {how['top_p']:g}; reward needs both at 1")
     if how["prompt"] != ask:
         raise SettingError(f"{folder}: asked with the prompt '{how['prompt']}', training would ask with '{ask}'; give --prompt {how['prompt']}")
-    if made["facts"].get(DIRECTION_SHA256) != digest:
+    if made["facts"].get(DIRECTION_SHA256) != (facts.get(DIRECTION_SHA256) if direction else None):
         raise SettingError(
             f"{folder}: chains of another direction ({how['direction'] or 'none'}) than the one that learns ({direction or 'a new one'}); "
             "reward goes on from the direction that was sampled"
@@ -128,7 +135,7 @@ def _answer(row: Json) -> str:
 
 def _chain(fields: Any, where: str) -> Chain:
     try:
-        return Chain(str(fields["text"]), int(fields["tokens"]), fields.get("alpha"), fields.get("solution"))
+        return Chain("" + fields["text"], int(fields["tokens"]), fields.get("alpha"), fields.get("solution"))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(f"{where}: a chain is {str(fields)[:60]!r}, expected an object with text and tokens (a number)") from None
 
@@ -174,5 +181,5 @@ def is_mixchain(data: str) -> bool:
         return False
     if data.endswith(".jsonl") and Path(data).exists():
         _, first = next(read_jsonl(Path(data)))
-        return "chains" in first or "solution_0" in first
+        return "chains" in first or any(name.startswith("solution_") and name[9:].isdigit() for name in first)
     return True

@@ -7,10 +7,10 @@ the portions it is computed in. Alphas are set around every forward and backward
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import set_peft_model_state_dict
@@ -31,6 +31,8 @@ from cotvalve.records import Json, disk, whole_files
 from cotvalve.types import Progress
 from cotvalve.valve import Valve
 
+Found = TypeVar("Found")
+
 
 class Learner(nn.Module):
     """The model as the Trainer sees it: token ids and alphas in, loss out."""
@@ -39,7 +41,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.position, self.trust = valve.model, position, trust
         config = valve.model.config
-        scaled = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        scaled = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier", "logits_mup_width_multiplier")
         self.plain_head = not any(getattr(config, name, None) for name in scaled)
 
     def forward(
@@ -104,22 +106,24 @@ def _cross_entropy(logits: Tensor, targets: Tensor, worth: Worth | None = None) 
 
 
 class _Order(LengthGroupedSampler):
-    """Rows of like length together, in an order that seed and epoch decide and nothing else.
+    """Rows of like length together, in an order that seed and epoch decide and nothing else; weighted rows shuffled.
 
     The Trainer's own draws each epoch's order from the global generator: a run that was stopped in its second
-    epoch would go on with the order of the first.
+    epoch would go on with the order of the first. A step's loss is divided by its tokens: with like lengths together
+    a token of a long chain would count for less than one of a short chain, and what a policy gradient adds up over a
+    question's chains, whose weights are of either sign, would no longer be the gradient.
     """
 
     def __init__(self, trainer: ValveTrainer) -> None:
         rows: Any = trainer.train_dataset
         step = trainer.args.train_batch_size
         super().__init__(step, lengths=[len(row["input_ids"]) for row in rows])
-        self.trainer, self.steps = trainer, math.ceil(len(self.lengths) / step)
+        self.trainer, self.steps, self.shuffled = trainer, math.ceil(len(self.lengths) / step), "weight" in rows[0]
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.trainer.state.global_step // self.steps
         self.generator = torch.Generator().manual_seed(self.trainer.args.seed + (epoch << 32))
-        return super().__iter__()
+        return iter(torch.randperm(len(self.lengths), generator=self.generator).tolist()) if self.shuffled else super().__iter__()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +167,14 @@ class ValveTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
         """Loss and gradients of an optimizer step. EngineError when not even one row fits the memory."""
         model.train()
-        rows: Sequence[Json] = inputs["step"].rows
+        return self._fitting(inputs["step"].rows, lambda parts: self._learn(model, parts))
+
+    def _fitting(self, rows: Sequence[Json], work: Callable[[Sequence[Sequence[Json]]], Found]) -> Found:
+        """What `work` makes of the rows in portions, from the first one again with smaller ones where memory ran out."""
         while True:
             parts = portions(rows, self.at_once.tokens, self.at_once.rows, flat=self.at_once.flat)
             try:
-                return self._learn(model, parts)
+                return work(parts)
             except TorchDynamoException as error:
                 note = f"the layers could not be compiled ({' '.join(str(error).split()[:30])}): going on without"
                 self.position.interpret()
@@ -182,15 +189,19 @@ class ValveTrainer(Trainer):
                 self.at_once.tokens = max(1, min(self.at_once.tokens, largest) // 2)
                 note = f"out of memory: going on with {self.at_once.tokens:,} tokens at once, for the same steps"
             # Outside of the handlers: an error holds on to the frames, and they to their tensors.
-            model.zero_grad()
+            self.valve.model.zero_grad()
             torch.cuda.empty_cache()
             self.skip.progress(self.skip.stage, self.state.global_step, self.state.max_steps, note)
 
     def remember(self, rows: Sequence[Json]) -> None:
         """Gives each row `before`: the log p of its learned tokens now, before the first step."""
+        assert self.model is not None
+        self.model.train()
+        self._fitting(rows, self._likelihoods)
+
+    def _likelihoods(self, parts: Sequence[Sequence[Json]]) -> None:
         model: Any = self.model
-        model.train()
-        for part in portions(rows, self.at_once.tokens, self.at_once.rows, flat=self.at_once.flat):
+        for part in parts:
             batch, alpha = self._batch(part)
             batch.pop("weights", None)
             with self.position.at(alpha), self.compute_loss_context_manager():
@@ -274,6 +285,7 @@ class SkipBadSteps(TrainerCallback):
         norm = torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         if not math.isfinite(float(norm)):
             self.skipped.append(state.global_step + 1)
+            state.log_history.append({"step": state.global_step + 1, "skipped": True})  # kept with the checkpoint
             for p in learned:
                 p.grad = None
 

@@ -25,7 +25,7 @@ from cotvalve.grading import grade
 from cotvalve.problems import fingerprint, training
 from cotvalve.prompts import chain_from_solution, prompt, render, thinks
 from cotvalve.records import Json, Run, write_json, write_parquet, write_text
-from cotvalve.settings import Alphas, ModelSettings
+from cotvalve.settings import Alphas, ModelSettings, Seed
 from cotvalve.types import Chain, Completion, MixChain, Problem, Progress, Request, silent
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Sampling(ModelSettings):
     """How questions are asked: boxed, plain, budget, shortcut, budget-qwq, budget-llama."""
     budget: int | None = None
     """Token budget for the prompts that ask for one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random in this run."""
     engine: str = "auto"
     """auto, transformers, vllm or generate."""
@@ -317,7 +317,7 @@ def short_chains(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBas
 def describe(mix: Sequence[MixChain]) -> dict[str, float]:
     """Questions, chains, and mean tokens of the longest and the shortest chain of a question."""
     if not mix:
-        raise SettingError("no question has enough right chains; sample more, or lower --fewest")
+        raise SettingError("no question has enough right chains; sample more of them, or from a direction that solves some (mix: or lower --fewest)")
     return {
         "questions": len(mix),
         "chains": sum(len(m.chains) for m in mix),

@@ -9,6 +9,8 @@ The first three are the paper's. An example is a chain and the position of the v
 does the rest. A new recipe is one function.
 """
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +41,15 @@ class Stage:
     examples: tuple[Example, ...]
     skipped: int = 0
     """Chains left out because eq. 4 gives them no position or no gradient, or because a reward tells nothing of them."""
+
+
+def fingerprint(stages: Sequence[Stage]) -> str:
+    """Hex sha256 of all that is learned: questions, answers, chains, positions and weights, in their order."""
+    digest = hashlib.sha256()
+    for stage in stages:
+        for e in stage.examples:
+            digest.update(json.dumps([stage.name, e.problem.id, e.problem.question, e.problem.answer, e.chain.text, e.alpha, e.weight, e.ended]).encode())
+    return digest.hexdigest()
 
 
 def beta(tokens: int, shortest: int, longest: int) -> float | None:
@@ -122,6 +133,8 @@ def progressive(mix: Sequence[MixChain], stages: int | None = None) -> list[Stag
             Stage(f"solution-{k}", tuple(Example(m.problem, c, 1.0) for m in mix for c in m.chains if c.solution == k))
             for k in columns[:stages]
         ]
+    if stages is not None and stages < 2:
+        raise SettingError(f"stages is {stages}; progressive compression needs two or more, from long chains to short ones")
     count = stages or max((len(m.chains) for m in mix), default=0)
     if count < 2:
         raise DataError("progressive compression needs questions with two chains or more; run `mix` with more alphas")

@@ -7,6 +7,7 @@ sqlite is in WAL mode: a killed process loses at most the row it was writing, ne
 """
 
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import platform
 import shutil
 import sqlite3
 import tempfile
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -195,6 +197,24 @@ class RowStore:
         self._db.close()
 
 
+def _alone(folder: Path) -> int:
+    """Locks `folder`, made if need be, until the file handle that is returned is closed, by whoever kills the process too.
+
+    Raises DataError where another process holds it. A file system that cannot lock folders (some NFS) is trusted.
+    """
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise DataError(f"{folder}: another process is at work in it; wait until it is done, or name another --out") from None
+    except OSError:
+        pass
+    return handle
+
+
 class Run:
     """A run folder, opened to begin or to go on."""
 
@@ -210,17 +230,26 @@ class Run:
         settings = json.loads(json.dumps(settings))
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{folder}: a file, not a folder; name another --out")
+        self._release = weakref.finalize(self, os.close, _alone(folder))
+        try:
+            self._open(record, verb, settings, facts or {})
+            self.rows = RowStore(folder / "rows.sqlite")
+        except BaseException:
+            self._release()
+            raise
+
+    def _open(self, record: Path, verb: str, settings: Json, facts: Json) -> None:
+        folder = self.folder
         found: Json = read_json(record) if record.exists() else {}
-        if not found and folder.exists() and any(folder.iterdir()):
+        if not found and any(folder.iterdir()):
             raise DataError(f"{folder}: not empty and not a run folder; name another --out")
         if found and _holds_work(folder):
-            _refuse_other(folder, found, verb, settings, facts or {})
+            _refuse_other(folder, found, verb, settings, facts)
             self.facts: Json = found["facts"]
         else:
             # A run that failed before its first row (a wrong setting, a full disk) does not keep its folder.
-            self.facts = {**versions(), **(facts or {})}
+            self.facts = {**versions(), **facts}
             write_json(record, {"verb": verb, "settings": settings, "facts": self.facts})
-        self.rows = RowStore(folder / "rows.sqlite")
 
     def note(self, facts: Mapping[str, str]) -> None:
         """Adds what is known only once the run goes on; where it went on otherwise than before, both are said."""
@@ -235,7 +264,7 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         with closing(self.rows):
-            pass
+            self._release()
 
 
 def _holds_work(folder: Path) -> bool:

@@ -15,10 +15,11 @@ from typing import Any, Literal, TypeVar
 from cotvalve import mixchain, train
 from cotvalve.direction import Direction
 from cotvalve.figures import DASH
+from cotvalve.fitting import UNDECIDED, FitSettings
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.records import Run, disk, read_json, write_json, write_text
-from cotvalve.settings import Alphas, Settings
-from cotvalve.train import FitSettings, TrainSettings
+from cotvalve.settings import Alphas, Count, Positive, Settings, Share
+from cotvalve.train import TrainSettings
 from cotvalve.types import Progress, Toward, silent, within
 
 Own = TypeVar("Own", bound=Settings)
@@ -54,13 +55,13 @@ class RewardSettings(Sampling, FitSettings):
     truncated: bool = False
     """Unlearn truncated chains too, most of which repeat themselves; without it they only count as wrong."""
     # A step of few examples follows the luck of a few chains.
-    batch: int = 256
+    batch: Count = 256
     """Examples per optimizer step."""
-    learning_rate: float = 5e-5
+    learning_rate: Positive = 5e-5
     """Peak learning rate of each round."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """How the learning rate falls after the warm-up."""
-    warmup: float = 0.0
+    warmup: Share = 0.0
     """Share of a round's steps in which the learning rate rises."""
     toward: Toward = "shorter"
     """Where chains go as alpha grows."""
@@ -95,13 +96,15 @@ def parts(settings: RewardSettings) -> Iterator[tuple[MixSettings, TrainSettings
 
 def _shared(kind: type[Own], settings: RewardSettings, **own: object) -> Own:
     """Another verb's settings: those that it has in common with `reward`, and its own."""
-    return kind.read({name: value for name, value in settings.model_dump().items() if name in kind.model_fields} | own)
+    # What was not said of a new LoRA says nothing against the direction that is gone on from.
+    unsaid = {"rank", "lora_alpha", "rslora", "modules"} - settings.model_fields_set
+    return kind.read({name: value for name, value in settings.model_dump(exclude=unsaid).items() if name in kind.model_fields} | own)
 
 
 def run(settings: RewardSettings, progress: Progress = silent) -> Path:
     """Runs what is missing of the rounds; returns the path of `rounds.md`, beside the last round's direction."""
     folder = Path(settings.out)
-    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "gpus", "slots", "data_dir", "device", "checkpoint_every"})
+    decisive = settings.model_dump(mode="json", exclude={"out", "engine", "gpus", "slots", "data_dir", "device"} | UNDECIDED)
     lines, stages = list(HEAD), list[Any]()
     with Run(folder, "reward", decisive) as at:
         for number, (sample, learn) in enumerate(parts(settings), 1):

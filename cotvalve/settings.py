@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cotvalve.errors import SettingError, unknown
 
@@ -67,13 +67,24 @@ def _numbers(value: Any) -> Any:
         numbers.append(number)
     if not numbers:
         raise ValueError("no alpha was given; write alphas like 0,0.25,0.5,1")
-    if twice := [number for i, number in enumerate(numbers) if number in numbers[:i]]:
-        raise ValueError(f"alpha {twice[0]:g} is given twice")
+    # As rows are called: to six digits.
+    names = [f"{number:g}" for number in numbers]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"alpha {twice[0]} is given twice")
     return tuple(numbers)
 
 
 Alphas = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 """Positions of the valve: a list, or text with commas."""
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""From 0 to less than 1."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy and torch both take."""
 
 
 class ModelSettings(Settings):

@@ -14,124 +14,32 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
-from torch import nn
 from transformers import TrainingArguments
 
+from cotvalve import mixchain, recipes
 from cotvalve.batches import IGNORED, encode, pack
-from cotvalve.card import DIRECTION_SHA256
 from cotvalve.direction import Card
 from cotvalve.errors import DataError, SettingError
+from cotvalve.fitting import UNDECIDED, FitSettings, say_ignored
 from cotvalve.lean import Position, can_lie_flat, lean
 from cotvalve.learner import AtOnce, SkipBadSteps, ValveTrainer, save_learned
-from cotvalve.problems import fingerprint, subset, training
-from cotvalve.prompts import thinks
+from cotvalve.problems import subset, training
+from cotvalve.prompts import prompt, thinks
+from cotvalve.recipes import Stage
 from cotvalve.records import Json, Run, disk, read_json, write_json
-from cotvalve.settings import ModelSettings, Settings
+from cotvalve.settings import ModelSettings
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Problem, Progress, Toward, silent
 from cotvalve.valve import Valve
-
-if TYPE_CHECKING:
-    from cotvalve.recipes import Stage
 
 TOKENS_AT_ONCE = 16384
 """Tokens of one forward pass on a GPU, padding counted; a quarter of that elsewhere."""
 WORTH_COMPILING = 3e16
 """Floating-point operations, two minutes of an H100, above which a minute of compiling comes back."""
-
-
-class FitSettings(Settings):
-    """How a direction is learned, whatever the recipe."""
-
-    rank: int = 16
-    """LoRA rank."""
-    lora_alpha: float = 32.0
-    """LoRA's own scale: the branch is multiplied by lora_alpha / rank. Not the valve's alpha."""
-    rslora: bool = False
-    """Scale by lora_alpha / sqrt(rank) instead."""
-    dora: bool = False
-    """DoRA (paper's Table 10): trained at alpha 1 only, used as an exact weight difference."""
-    full: bool = False
-    """Full fine-tuning (the LIMO recipe): a checkpoint and its task vector instead of a LoRA."""
-    dropout: float = 0.0
-    """LoRA dropout."""
-    modules: str = "all"
-    """Linear layers that learn: all, attention, mlp, or names with commas (q_proj,o_proj)."""
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    warmup: float = 0.03
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
-    trust: float = 0.2
-    """Reward: how far a token may move from how likely it was when sampled, as PPO bounds it; 0 does not bound it."""
-    epochs: float = 1.0
-    """Passes over the examples, per stage."""
-    batch: int = 64
-    """Examples per optimizer step."""
-    micro_batch: int | None = None
-    """Most rows in memory at once; by default as many as make 16,384 tokens (4,096 on a CPU). Changes no result."""
-    max_length: int = 4096
-    """Examples with more tokens are left out, and counted."""
-    packing: bool = False
-    """Pack several examples into one row of max_length tokens, each with its own alpha."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, a third more time."""
-    compile: Literal["auto", "yes", "no"] = "auto"
-    """Compile the layers before training: about a minute, for a third less time a step on a GPU. auto weighs it up."""
-    checkpoint_every: int = 50
-    """Optimizer steps between two checkpoints."""
-    seed: int = 0
-    """Seed of initial weights, order and dropout."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        if self.dora and self.full:
-            raise ValueError("dora and full exclude each other")
-        if self.rank < 1 or self.batch < 1 or self.epochs <= 0 or self.trust < 0:
-            raise ValueError("rank, batch and epochs have to be positive, trust 0 or more")
-
-    def lora(self, model: nn.Module) -> LoraConfig:
-        """PEFT's configuration for `model`."""
-        return LoraConfig(
-            r=self.rank, use_rslora=self.rslora, use_dora=self.dora,
-            lora_alpha=self.lora_alpha,  # pyright: ignore[reportArgumentType]  PEFT reads fractions as well
-            lora_dropout=self.dropout, target_modules=target_modules(model, self.modules), task_type="CAUSAL_LM",
-        )  # fmt: skip
-
-
-def target_modules(model: nn.Module, which: str) -> list[str]:
-    """Name suffixes of the linear layers meant by all, attention, mlp or a list with commas.
-
-    The output head is never among them. Raises SettingError when nothing matches, with the names there are.
-    """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if not name.endswith("lm_head")]
-    if which == "all":
-        chosen = linear
-    elif which in ("attention", "mlp"):
-        chosen = [name for name in linear if (("attn" in name) or ("attention" in name)) == (which == "attention")]
-    else:
-        wanted = {part.strip() for part in which.split(",")}
-        chosen = [name for name in linear if name.rpartition(".")[2] in wanted]
-        missing = wanted - {name.rpartition(".")[2] for name in chosen}
-        if missing:
-            raise SettingError(f"modules: no linear layer called {sorted(missing)[0]!r}; there are {_suffixes(linear)}")
-    if not chosen:
-        raise SettingError(f"modules '{which}' matches 0 layers; there are {_suffixes(linear)}")
-    return _suffixes(chosen)
-
-
-def _suffixes(names: Sequence[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def fit(
@@ -211,13 +119,15 @@ def _fit_stage(
     if settings.packing:
         rows = pack(rows, settings.max_length)
         batch = max(1, round(settings.batch * len(rows) / count))
+    steps = math.ceil(math.ceil(len(rows) / batch) * settings.epochs)
     skip = SkipBadSteps(stage.name, progress)
     at_once = AtOnce(TOKENS_AT_ONCE if how.device.type == "cuda" else TOKENS_AT_ONCE // 4, settings.micro_batch, how.flat)
     arguments = TrainingArguments(
         output_dir=str(home), per_device_train_batch_size=batch,
         num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip, bf16=how.autocast,
+        lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
+        # The first of them has a learning rate of 0: one that is all there is would learn nothing.
+        warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1), max_grad_norm=settings.clip, bf16=how.autocast,
         use_cpu=how.device.type == "cpu", seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps", save_steps=settings.checkpoint_every, save_total_limit=1,
         logging_steps=5, report_to=[], disable_tqdm=True,
@@ -241,7 +151,7 @@ def _fit_stage(
     return {
         "stage": stage.name, "examples": count, "skipped_chains": stage.skipped, "too_long": too_long,
         "tokens": tokens, "learned_tokens": learned, "steps": trainer.state.global_step,
-        "steps_skipped": skip.skipped, "last_loss": losses[-1]["loss"] if losses else None,
+        "steps_skipped": [log["step"] for log in trainer.state.log_history if "skipped" in log], "last_loss": losses[-1]["loss"] if losses else None,
     }  # fmt: skip
 
 
@@ -289,6 +199,12 @@ class TrainSettings(ModelSettings, FitSettings):
         super().model_post_init(context)
         if not 0 <= self.brevity <= 1:
             raise ValueError("brevity has to be between 0 and 1: more would make a right long chain worth less than a wrong one")
+        if self.direction and (self.full or self.dora):
+            raise ValueError("full and dora start from the model itself; leave direction out")
+        if self.recipe == "reward" and self.dropout:
+            raise ValueError("reward learns without dropout, since its chains were sampled without")
+        if prompt(self.prompt).budgets:
+            raise ValueError(f"the prompt '{self.prompt}' asks for a token budget, and training has none to name; learn with boxed or plain")
 
 
 def run(settings: TrainSettings, progress: Progress = silent) -> Path:
@@ -296,12 +212,14 @@ def run(settings: TrainSettings, progress: Progress = silent) -> Path:
     valve = settings.load_valve(settings.direction or None)
     if settings.direction and not valve.rows:
         raise SettingError(f"direction '{settings.direction}' is no LoRA; training goes on from LoRA directions only")
-    if not settings.direction and not settings.full:
+    if settings.direction:
+        say_ignored(settings, settings.direction, valve)
+    elif not settings.full:
         torch.manual_seed(settings.seed)
         valve = Valve.fresh(valve.model, valve.tokenizer, settings.lora(valve.model))
     problems, stages = _stages(settings, valve)
-    facts = {**valve.facts(), "data": f"{settings.data} ({len(problems)} questions, {fingerprint(problems)[:12]})"}
-    decisive = settings.model_dump(mode="json", exclude={"out", "data_dir", "device", "checkpoint_every"})
+    facts = {**valve.facts(), "data": f"{settings.data} ({len(problems)} questions, {recipes.fingerprint(stages)[:12]})"}
+    decisive = settings.model_dump(mode="json", exclude={"out", "data_dir", "device"} | UNDECIDED)
     folder = Path(settings.out)
     with Run(folder, "train", decisive, facts) as at:
         card = Card(base=settings.model, toward=settings.toward, method=settings.recipe, note=f"{settings.recipe} on {settings.data}",
@@ -318,12 +236,9 @@ def run(settings: TrainSettings, progress: Progress = silent) -> Path:
 
 def _stages(settings: TrainSettings, valve: Valve) -> tuple[list[Problem], list[Stage]]:
     """What is learned, and the questions it is about."""
-    from cotvalve import mixchain, recipes
-
     if settings.recipe == "reward":
         sampled, made = mixchain.judged(settings.data, settings.data_dir)
-        digest = valve.facts().get(DIRECTION_SHA256) if settings.direction else None
-        mixchain.check_own(settings.data, made, settings.prompt, settings.direction, digest)
+        mixchain.check_own(settings.data, made, settings.prompt, settings.chat_template, settings.direction, valve.facts())
         if settings.limit is not None:
             sampled = subset(sampled, settings.limit, settings.seed, lambda pair: pair[0].id)
         return [problem for problem, _ in sampled], recipes.reward(sampled, settings.brevity, settings.truncated)

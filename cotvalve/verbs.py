@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cotvalve.errors import DataError
 from cotvalve.records import disk, write_json
-from cotvalve.settings import ModelSettings, Settings
+from cotvalve.settings import ModelSettings, Seed, Settings
 from cotvalve.types import Progress, Toward, silent
 
 
@@ -25,7 +25,7 @@ class ExtractSettings(Settings):
     """Endings of the linear layers to take, with commas; all by default."""
     toward: Toward = "longer"
     """Where chains go as alpha grows."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sketches of large matrices."""
     out: str = "runs/extract"
     """Folder for the direction."""

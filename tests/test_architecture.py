@@ -24,7 +24,7 @@ ORDER = """
     engines.transformers engines.replicas engines.live
     engines.vllm_adapters engines.vllm_support engines.vllm_dial engines.vllm
     chains recipes mixchain
-    batches headloss lean learner train
+    batches headloss lean learner fitting train
     resampling statistics figures rounds report
     sweep verbs pipeline architectures costs plan
     calibration calibrate

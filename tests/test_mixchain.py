@@ -112,7 +112,7 @@ def test_human_solutions_take_part_as_chains_of_their_own() -> None:
 def test_nothing_right_says_what_to_do() -> None:
     mix, report = assemble([sampled(0, "no", 5, correct=False)], PROBLEMS, MixSettings())
     assert (mix, report.kept, report.by_alpha["0.5"]["mean_tokens"]) == ([], 0, None)
-    with pytest.raises(SettingError, match="sample more, or lower --fewest"):
+    with pytest.raises(SettingError, match=r"sample more of them, or .*lower --fewest"):
         describe(mix)
     assert assemble([], [], MixSettings())[1].sampled == 0
     made = assemble([sampled(0, "a", 10), sampled(0, "b", 30), sampled(1, "c", 2), sampled(1, "d", 4)], PROBLEMS, MixSettings())[0]
@@ -211,6 +211,8 @@ def test_the_authors_columns_load(tmp_path: Path, kind: str) -> None:
         ("a.jsonl", [{"question": "x", "answer": "1", "solution_0": "no", "correct_0": False}], "no right chain"),
         ("a.jsonl", [{"question": "x", "answer": "1", "solution_0": 7}], "row 1: solution_0 is 7, expected text"),
         ("a.jsonl", [{"question": "x", "answer": "1", "chains": [{"text": "t"}]}], "row 1: a chain is .*expected an object with text and tokens"),
+        ("a.jsonl", [{"question": "x", "answer": "1", "chains": [{"text": None, "tokens": 3}]}], "row 1: a chain is .*expected an object with text and tokens"),
+        ("a.jsonl", [{"question": "x", "answer": "1", "chains": 3}], "row 1: chains is 3, expected a list"),
         ("a.jsonl", [{"question": "x", "answer": "1", "chains": ["t"]}], "row 1: a chain is 't'"),
         ("a.jsonl", [{"question": "x", "answer": "1", "chains": [{"text": "t", "tokens": "many"}]}], "row 1: a chain is"),
         ("a.json", [{"question": "x"}], r"a\.json: expected a list of rows"),
@@ -284,6 +286,8 @@ def test_problems_are_not_taken_for_mixchain(tmp_path: Path) -> None:
     (tmp_path / "qa.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
     assert not is_mixchain(str(tmp_path / "qa.jsonl"))
     assert not is_mixchain("gsm8k")
+    (tmp_path / "second.jsonl").write_text(json.dumps({"question": "x", "answer": "1", "solution_1": "y", "solution_2": "z"}) + "\n")
+    assert is_mixchain(str(tmp_path / "second.jsonl")), "the authors' sets need not hold the human solution"
     assert not is_mixchain("mine.jsonl.gz"), "problems may be gzipped; it was taken for chains, and refused as such"
 
 

@@ -119,7 +119,7 @@ def test_arguments_replace_the_recipe_s_own(tmp_path: Path) -> None:
         ("direction: $valve", "direction: $mix", "step 'mix': unknown step 'mix': Known: valve"),
         ("direction: $valve", "direction: $", "step 'mix': unknown step '': Known: valve"),
         ("epochs: 2", "epochs: many", "step 'valve': setting 'epochs': Input should be a valid number"),
-        ("epochs: 2", "epochs: 0", "step 'valve': rank, batch and epochs have to be positive"),
+        ("epochs: 2", "epochs: 0", "step 'valve': setting 'epochs': Input should be greater than 0"),
         ('"0, .5, 1"', '"0, nan"', "step 'mix': setting 'alphas': 'nan' is not a finite number"),
         ("valve: {verb: train, ", "valve: {", "step 'valve': has no verb; expected verb: "),
         ("valve: {verb: train, learning_rate: 1e-5, epochs: 2}", "valve: 3", "step 'valve': has no verb"),

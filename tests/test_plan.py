@@ -17,8 +17,9 @@ from cotvalve import costs, pipeline, plan, problems
 from cotvalve.architectures import Architecture, architecture
 from cotvalve.costs import ALLOCATOR, CARDS, GIB, Range
 from cotvalve.errors import SettingError
+from cotvalve.fitting import FitSettings
 from cotvalve.mixchain import MixSettings
-from cotvalve.train import FitSettings, TrainSettings
+from cotvalve.train import TrainSettings
 from cotvalve.valve import Valve
 from tests import models
 from tests.test_recipes import RECIPES

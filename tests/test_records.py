@@ -1,6 +1,7 @@
 """What is on disk: written whole or not at all, and still there after kill -9 and on a full disk."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -295,6 +296,45 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "run.json").write_text("{")
     with pytest.raises(DataError, match=r"run\.json: not readable as JSON"):
         Run(tmp_path / "empty", "mix", {})
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from cotvalve.records import Run
+with Run(Path(sys.argv[1]), "mix", {"seed": 1}) as run:
+    run.rows.add("first", {})
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    """A second process (a job that was queued again) is told so; where the first was killed, the folder is free."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    with pytest.raises(DataError, match="out: another process is at work in it"):
+        Run(tmp_path / "out", "mix", {"seed": 1})
+    process.kill()
+    process.wait()
+    with Run(tmp_path / "out", "mix", {"seed": 1}) as run:
+        assert run.rows.keys() == {"first"}
+        with pytest.raises(DataError, match="another process is at work in it"):
+            Run(tmp_path / "out", "mix", {"seed": 1})
+    with pytest.raises(DataError, match="holds a run with seed=1"):
+        Run(tmp_path / "out", "mix", {"seed": 2})
+    with Run(tmp_path / "out", "mix", {"seed": 1}):
+        pass  # what was refused does not hold it either
+
+
+def test_a_file_system_that_locks_no_folders_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_handle: int, _how: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(records.fcntl, "flock", none)
+    with Run(tmp_path / "out", "mix", {}), Run(tmp_path / "out", "mix", {}):
+        pass
 
 
 def test_settings_survive_their_way_through_json(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from cotvalve import Valve, rounds
 from cotvalve.batches import IGNORED, collate, collate_flat, encode, pack
@@ -13,7 +15,7 @@ from cotvalve.chains import judged
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, SettingError
 from cotvalve.headloss import Worth, compiled
-from cotvalve.learner import Learner
+from cotvalve.learner import Learner, _Order  # pyright: ignore[reportPrivateUsage]
 from cotvalve.mixchain import MixSettings
 from cotvalve.mixchain import run as mix
 from cotvalve.prompts import end_of_turn
@@ -265,6 +267,47 @@ def test_right_chains_become_likelier_and_wrong_ones_less_so_at_their_own_positi
     assert after[0] - after[1] > before[0] - before[1] + 0.1
 
 
+# Steps of many chains
+
+
+def test_long_and_short_chains_are_in_every_step() -> None:
+    """A step is divided by its tokens: with like lengths together a short chain's tokens would count for more than a long one's."""
+
+    def steps(weights: tuple[float, float]) -> list[list[int]]:
+        texts = tuple("7" * (1 + 9 * (i % 8)) for i in range(256))
+        rows = weighted(texts, tuple(weights[i % 2] for i in range(256)), (1.0,) * 256)
+        trainer = SimpleNamespace(train_dataset=rows, args=SimpleNamespace(train_batch_size=16, seed=0), state=SimpleNamespace(global_step=0))
+        order = list(_Order(trainer))  # pyright: ignore[reportArgumentType]
+        assert sorted(order) == list(range(256))
+        return [[len(rows[i]["input_ids"]) for i in order[start : start + 16]] for start in range(0, 256, 16)]
+
+    means = [sum(lengths) / 16 for lengths in steps((0.5, -0.5))]
+    assert max(means) < 1.5 * min(means)
+    assert all(len(set(lengths)) > 4 for lengths in steps((0.5, -0.5)))
+    # Chains that all count alike are learned by like lengths, which costs less.
+    assert max(sum(lengths) / 16 for lengths in steps((1.0, 1.0))) > 1.5 * min(sum(lengths) / 16 for lengths in steps((1.0, 1.0)))
+
+
+@pytest.mark.parametrize("broken", ["memory", "compiler"])
+def test_what_was_likely_before_is_found_where_memory_or_compiler_fail(tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pushed(tmp_path / "whole", 0.2)
+    likelihoods, seen = Learner.likelihoods, list[int]()
+
+    def fails(self: Learner, input_ids: Tensor, **batch: object) -> Tensor:
+        seen.append(len(input_ids))
+        if broken == "memory" and len(input_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if broken == "compiler" and len(seen) == 1:
+            raise TorchDynamoException("no C compiler found")
+        return likelihoods(self, input_ids, **batch)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Learner, "likelihoods", fails)
+    other = pushed(tmp_path / "other", 0.2)
+    assert seen == ([2, 1, 1] if broken == "memory" else [2, 2])
+    for text in ("3 + 4 = 7", "so it is 9"):
+        assert likelihood(other, text, 1.0) == pytest.approx(likelihood(whole, text, 1.0), rel=1e-2)
+
+
 # From the command line's side
 
 
@@ -315,6 +358,10 @@ def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) 
         learns(data, tmp_path / "a", direction="")
     with pytest.raises(SettingError, match="give --prompt plain"):
         learns(data, tmp_path / "b", prompt="boxed")
+    with pytest.raises(SettingError, match="chains of another model"):
+        learns(data, tmp_path / "b", model="tiny", direction="")
+    with pytest.raises(SettingError, match="asked with the chat template None, training would ask with plain"):
+        learns(data, tmp_path / "b", chat_template="plain")
     record = read_json(data / "run.json")
     write_json(data / "run.json", {**record, "settings": {**record["settings"], "temperature": 0.7}})
     with pytest.raises(SettingError, match="reward needs both at 1"):
@@ -330,7 +377,7 @@ def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) 
 def test_a_right_chain_is_never_worth_less_than_a_wrong_one() -> None:
     with pytest.raises(SettingError, match="brevity has to be between 0 and 1"):
         TrainSettings(recipe="reward", brevity=1.5)
-    with pytest.raises(SettingError, match="trust 0 or more"):
+    with pytest.raises(SettingError, match=r"trust.*greater than or equal to 0"):
         TrainSettings(recipe="reward", trust=-0.1)
 
 
@@ -412,7 +459,7 @@ def test_rounds_that_were_stopped_go_on_to_the_same_direction(whole: tuple[Path,
 
 
 def test_what_a_round_would_refuse_is_refused_before_the_first() -> None:
-    for wrong, said in (({"temperature": 0.7}, "have to be 1"), ({"rounds": 0}, "rounds has to be 1 or more"), ({"brevity": 2}, "between 0 and 1"), ({"rank": 0}, "have to be positive"), ({"full": True}, "learns a plain LoRA"),
+    for wrong, said in (({"temperature": 0.7}, "have to be 1"), ({"rounds": 0}, "rounds has to be 1 or more"), ({"brevity": 2}, "between 0 and 1"), ({"rank": 0}, "rank.*greater than or equal to 1"), ({"dropout": 0.1}, "without dropout"), ({"prompt": "budget", "budget": 50}, "asks for a token budget"), ({"seed": -1}, "seed"), ({"warmup": -1}, "warmup"), ({"full": True}, "learns a plain LoRA"),
                         ({"samples": 1}, "needs 2 samples or more"), ({"alphas": (0.0,)}, "a position other than 0")):  # fmt: skip
         with pytest.raises(SettingError, match=said):
             RewardSettings(**wrong)  # pyright: ignore[reportArgumentType]

@@ -8,12 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from cotvalve.errors import CotvalveError, SettingError, unknown
+from cotvalve.fitting import FitSettings
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import VERBS
 from cotvalve.records import Run
 from cotvalve.settings import Alphas, ModelSettings, Settings
 from cotvalve.sweep import SweepSettings
-from cotvalve.train import FitSettings, TrainSettings
+from cotvalve.train import TrainSettings
 from cotvalve.verbs import FuseSettings, fuse
 from tests import models
 
@@ -147,9 +148,18 @@ def test_flags_mean_the_same_everywhere() -> None:
         (SweepSettings, {"temperature": -1}, "temperature"),
         (SweepSettings, {"top_p": 1.5}, "top_p"),
         (SweepSettings, {"top_p": -0.1}, "top_p"),
-        (FitSettings, {"rank": 0}, "positive"),
-        (FitSettings, {"batch": 0}, "positive"),
-        (FitSettings, {"epochs": 0}, "positive"),
+        (SweepSettings, {"alphas": "0.3333333,0.33333334"}, "alpha 0.333333 is given twice"),
+        (FitSettings, {"rank": 0}, "rank.*greater than or equal to 1"),
+        (FitSettings, {"dropout": 1.5}, "dropout.*less than 1"),
+        (FitSettings, {"learning_rate": float("nan")}, "learning_rate.*finite"),
+        (FitSettings, {"warmup": 1.5}, "warmup.*less than 1"),
+        (FitSettings, {"micro_batch": 0}, "micro_batch.*greater than or equal to 1"),
+        (FitSettings, {"seed": -1}, "seed.*greater than or equal to 0"),
+        (TrainSettings, {"direction": "runs/plus", "full": True}, "leave direction out"),
+        (TrainSettings, {"recipe": "reward", "dropout": 0.1}, "without dropout"),
+        (TrainSettings, {"prompt": "budget"}, "asks for a token budget"),
+        (FitSettings, {"batch": 0}, "batch.*greater than or equal to 1"),
+        (FitSettings, {"epochs": 0}, "epochs.*greater than 0"),
         (FitSettings, {"dora": True, "full": True}, "exclude each other"),
         (FitSettings, {"schedule": "cosin"}, "cosine"),
         (TrainSettings, {"recipe": "pluss"}, "'plus'"),

@@ -15,13 +15,14 @@ from cotvalve import Valve
 from cotvalve.batches import IGNORED, collate, encode, pack
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, DirectionMismatch, EngineError, SettingError
+from cotvalve.fitting import FitSettings, target_modules
 from cotvalve.learner import Learner, save_learned
 from cotvalve.prompts import prompt, render
 from cotvalve.recipes import Example, Stage, beta, plus, progressive
 from cotvalve.recipes import valve as short
 from cotvalve.records import Json, read_json
 from cotvalve.taskvector import TaskVector
-from cotvalve.train import FitSettings, TrainSettings, fit, run, target_modules
+from cotvalve.train import TrainSettings, fit, run
 from cotvalve.types import Chain, MixChain, Problem
 from tests import models
 
@@ -317,6 +318,13 @@ def test_too_long_examples_are_counted_and_never_cut(tmp_path: Path) -> None:
         trained(tmp_path / "none", max_length=10)
 
 
+def test_a_run_of_one_step_learns(tmp_path: Path) -> None:
+    """The first step of a warm-up has a learning rate of 0, and this run has no other."""
+    valve, report = trained(tmp_path, batch=64, epochs=1, warmup=0.03)
+    assert report["stages"][0]["steps"] == 1
+    assert all(float(weight.abs().max()) > 0 for name, weight in learned(valve).items() if ".lora_B" in name)
+
+
 # Steps that go wrong
 
 
@@ -354,6 +362,23 @@ def test_a_skipped_step_leaves_the_weights_alone(tmp_path: Path) -> None:
     report = fit(sick, [Stage("s", (bad, bad))], how, tmp_path, CARD, ask="plain")
     assert report["stages"][0]["steps_skipped"] == [1, 2]
     assert all(torch.equal(start[name], weight) for name, weight in learned(sick).items())
+
+
+def test_skipped_steps_are_still_known_where_a_run_goes_on(tmp_path: Path) -> None:
+    how = settings(batch=1, epochs=4, checkpoint_every=1)
+
+    def go(progress: Callable[..., None]) -> Json:
+        sick = fresh(how)
+        with torch.no_grad():
+            sick.model.get_input_embeddings().weight[models.tokenizer()("~")["input_ids"][0]] = float("inf")
+        bad = Example(Problem("bad", "~", "1"), Chain("7", 2), 1.0)
+        return fit(sick, [Stage("s", (*examples(TEXTS[:2]), bad))], how, tmp_path, CARD, ask="plain", progress=progress)["stages"][0]
+
+    with pytest.raises(KeyboardInterrupt):
+        go(stop_after(10))
+    found = go(lambda *_: None)["steps_skipped"]
+    assert len(found) == 4, "once in each epoch"
+    assert found[0] <= 3
 
 
 # Memory that does not suffice
@@ -682,6 +707,33 @@ def test_train_writes_a_direction_that_says_what_it_is(tmp_path: Path) -> None:
     # "The answer is \boxed{}." and the end mark behind each solution
     assert report["learned_tokens"] == sum(len(f"{i}+1={i + 1}\nThe answer is \\boxed{{{i + 1}}}.") + 1 for i in range(4))
     assert Valve.load(tmp_path / "model", out, device="cpu").rows
+
+
+def test_other_chains_of_the_same_questions_are_another_run(tmp_path: Path) -> None:
+    models.save(models.llama(), tmp_path / "model")
+    data = mix_file(tmp_path / "mix.jsonl")
+    how = {"model": str(tmp_path / "model"), "data": str(data), "device": "cpu", "prompt": "plain", "batch": 4, "rank": 2, "out": str(tmp_path / "out")}
+    run(TrainSettings(**how))  # pyright: ignore[reportArgumentType]
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    # What changes no result may change.
+    run(TrainSettings(**how, micro_batch=1, gradient_checkpointing=True, compile="no"))  # pyright: ignore[reportArgumentType]
+    data.write_text(data.read_text().replace("so 3 + 0", "then 3 + 0"))
+    with pytest.raises(DataError, match="holds a run on another data set of the same name"):
+        run(TrainSettings(**how))  # pyright: ignore[reportArgumentType]
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_settings_of_a_new_lora_beside_a_direction_are_said_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    models.save(models.llama(), tmp_path / "model")
+    how = {"model": str(tmp_path / "model"), "data": str(mix_file(tmp_path / "mix.jsonl")), "device": "cpu", "prompt": "plain", "batch": 4}
+    first = run(TrainSettings(**how, rank=2, out=str(tmp_path / "first")))  # pyright: ignore[reportArgumentType]
+    caplog.clear()
+    run(TrainSettings(**how, rank=2, modules="all", direction=str(first), out=str(tmp_path / "same")))  # pyright: ignore[reportArgumentType]
+    assert "is not used" not in caplog.text
+    run(TrainSettings(**how, rank=3, modules="attention", direction=str(first), out=str(tmp_path / "other")))  # pyright: ignore[reportArgumentType]
+    said = [record.getMessage() for record in caplog.records if "is not used" in record.getMessage()]
+    assert said[0] == f"modules attention is not used: training goes on from {first}, which has down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj"
+    assert said[1:] == [f"rank 3 is not used: training goes on from {first}, which has 2"]
 
 
 def test_full_fine_tuning_leaves_what_can_be_loaded_both_ways(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cotvalve import Valve
 from cotvalve.direction import Card, Direction, load_direction
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
+from cotvalve.fitting import FitSettings
 from cotvalve.taskvector import TaskVector
-from cotvalve.train import FitSettings
 from cotvalve.valve import ADAPTER, Dial
 from tests import models
 
