@@ -26,7 +26,7 @@ from cotvalve.problems import fingerprint as data_fingerprint
 from cotvalve.records import Json, Run, disk, read_json, read_parquet, write_text
 from cotvalve.repetition import loops
 from cotvalve.resampling import answers
-from cotvalve.settings import Alphas
+from cotvalve.settings import Alphas, NotNegative
 from cotvalve.statistics import paired, point
 from cotvalve.types import Interval, Progress, silent
 
@@ -46,19 +46,14 @@ class CalibrateSettings(Sampling):
     # Trained dials do most of their travel in the first quarter, so the grid is finest there.
     alphas: Alphas = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5)
     """Positions of the valve, with commas; 0 is always measured."""
-    tolerance: float = 5.0
+    tolerance: NotNegative = 5.0
     """Percentage points of accuracy that the safe range may lose, by the lower end of the paired interval."""
-    degenerate: float = 5.0
+    degenerate: NotNegative = 5.0
     """An alpha with this many percentage points more cut or looping chains than alpha 0 is not used."""
     sweep: str = ""
     """A finished sweep of this direction with --split heldout: its chains are taken, and nothing is sampled or loaded."""
     out: str = "runs/calibrate"
     """Run folder."""
-
-    def model_post_init(self, context: object, /) -> None:
-        super().model_post_init(context)
-        if self.tolerance < 0 or self.degenerate < 0:
-            raise ValueError("tolerance and degenerate are percentage points, 0 or more")
 
 
 def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:

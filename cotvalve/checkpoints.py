@@ -135,7 +135,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     folder, gguf = _model(name, gguf_file, (*CONFIG_FILES, *WEIGHT_FILES), trust_remote_code)
-    target = pick_device() if device is None else torch.device(device)
+    target = pick_device(device)
     how: dict[str, Any] = {"dtype": pick_dtype(target) if dtype == "auto" else _dtype(dtype)}
     if gguf:
         # Without this the weights are dense but the model calls itself quantized: it can be neither trained nor saved.
@@ -159,8 +159,17 @@ def load_model(
         return (model if quantize_4bit else model.to(target)).eval()
 
 
-def pick_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device called `name`; CUDA, else Apple's MPS, else the CPU where none is named. SettingError for one that is not here."""
+    if name is not None:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise SettingError(f"device '{name}' is unknown; expected cuda, cuda:N, mps or cpu") from None
+        here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        if (device.index or 0) >= here.get(device.type, 1):
+            raise SettingError(f"device '{name}' is not here; leave device out, or name one that is")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

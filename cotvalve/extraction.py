@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cotvalve.adapters import Factor, endings
+from cotvalve.checkpoints import pick_device
 from cotvalve.direction import Direction
 from cotvalve.errors import DataError, SettingError, unknown
 from cotvalve.records import write_json
@@ -115,13 +116,16 @@ def extract(
     if rank is not None and rank < 1:
         raise SettingError(f"rank is {rank}; expected 1 or more, or none for the exact task vector")
     vector = TaskVector.between(base, reasoner, toward=toward)
+    equal = f"{vector.start.name} and {getattr(vector.end, 'name', '')} are equal: there is no direction between them"
     if rank is None:
         if modules is not None:
             raise SettingError("modules were chosen without a rank; an exact task vector moves all weights")
+        if not any(bool(vector.delta(name, "cpu").any()) for name in vector.moves):  # ends at the first that moves
+            raise DataError(equal)
         return Extraction(vector, None, (), {}, 1.0)
     anatomy = vector.start.anatomy
     chosen = _choose(anatomy, modules)
-    where = _device() if device is None else torch.device(device)
+    where = _device() if device is None else pick_device(device)
     factors, kept = dict[str, Factor](), list[Kept]()
     left_out: dict[str, float] = dict.fromkeys(LEFT_OUT, 0.0)
     total = held = 0.0
@@ -141,9 +145,7 @@ def extract(
         kept.append(Kept(module, A.shape[0], square**0.5, energy))
     progress("extract", len(vector.moves), len(vector.moves))
     if not total:
-        raise DataError(
-            f"{vector.start.name} and {getattr(vector.end, 'name', '')} are equal: there is no direction between them"
-        )
+        raise DataError(equal)
     report = {"rank": str(rank), "energy": f"{held / total:.6f}", "energy left out": ", ".join(
         f"{kind} {square / total:.6f}" for kind, square in left_out.items() if square
     )}  # fmt: skip

@@ -6,20 +6,23 @@ The weights are W + alpha * s * B A, computed in fp32 and rounded once; the valv
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from transformers import PreTrainedModel
 
 from cotvalve.card import FUSED
-from cotvalve.errors import EngineError
+from cotvalve.errors import EngineError, SettingError
 from cotvalve.valve import ADAPTER, Valve
 
 
 def fuse(valve: Valve, alpha: float) -> PreTrainedModel:
     """The model of `valve` at `alpha`, on the CPU; its config says that it was fused.
 
-    Raises EngineError for a quantized model.
+    Raises EngineError for a quantized model, SettingError for an alpha that is no finite number.
     """
+    if not math.isfinite(alpha):
+        raise SettingError(f"alpha {alpha} is not a finite number")
     config = copy.deepcopy(valve.model.config)
     setattr(config, FUSED, {"alpha": alpha, "base": valve.name})
     if getattr(config, "quantization_config", None) is not None:

@@ -25,7 +25,7 @@ from cotvalve.grading import grade
 from cotvalve.problems import fingerprint, training
 from cotvalve.prompts import chain_from_solution, prompt, render, thinks
 from cotvalve.records import Json, Run, write_json, write_parquet, write_text
-from cotvalve.settings import Alphas, ModelSettings, Seed
+from cotvalve.settings import Alphas, Count, ModelSettings, NotNegative, Probability, Seed
 from cotvalve.types import Chain, Completion, MixChain, Problem, Progress, Request, silent
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ class Sampling(ModelSettings):
     """Positions of the valve, with commas."""
     samples: int = 1
     """Chains per question and alpha."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """0 is greedy."""
-    top_p: float = 1.0
+    top_p: Probability = 1.0
     """Nucleus sampling: the probability mass that is kept."""
     max_new_tokens: int = 1024
     """Longest chain; a chain that reaches it is truncated and counted as such."""
@@ -61,14 +61,12 @@ class Sampling(ModelSettings):
     """auto, transformers, vllm or generate."""
     gpus: int = 1
     """GPUs: each holds a copy of the model and samples its part. With `engine` vllm they share each layer of a model too large for one."""
-    slots: int | None = None
+    slots: Count | None = None
     """Chains decoded at once; sized from the memory when not given."""
 
     def model_post_init(self, _context: Any, /) -> None:
         if self.samples < 1 or self.max_new_tokens < 1 or self.gpus < 1:
             raise ValueError("samples, max_new_tokens and gpus have to be 1 or more")
-        if self.temperature < 0 or not 0 <= self.top_p <= 1:
-            raise ValueError("temperature has to be 0 or more, top_p between 0 and 1")
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError("several samples at temperature 0 are all the same; give a temperature, for example 0.7")
 
@@ -89,7 +87,7 @@ class MixSettings(Sampling):
     """Positions of the valve, with commas; the default is the paper's grid and its ends."""
     samples: int = 2
     """Chains per question and alpha."""
-    temperature: float = 0.7
+    temperature: NotNegative = 0.7
     """0 is greedy."""
     solutions: bool = False
     """Also take the human-written solution as a chain of its question."""

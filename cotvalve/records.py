@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from cotvalve.errors import DataError
 
 Json = dict[str, Any]
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""How a path that is no file is told, also where a part of it is one."""
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -98,7 +100,7 @@ def read_json(path: Path) -> Any:
     """The JSON value in `path`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except NOT_THERE:
         raise DataError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from None
@@ -123,7 +125,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
                     raise DataError(f"{path}: row {number} is {type(value).__name__}, expected an object like {{\"question\": ...}}")
                 rows += 1
                 yield number, value
-    except FileNotFoundError:
+    except NOT_THERE:
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
@@ -155,7 +157,7 @@ def read_parquet(path: Path) -> list[Json]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except FileNotFoundError:
+    except NOT_THERE:
         raise DataError(f"{path}: no such file") from None
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not readable as Parquet ({error})") from None

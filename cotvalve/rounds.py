@@ -18,7 +18,7 @@ from cotvalve.figures import DASH
 from cotvalve.fitting import UNDECIDED, FitSettings
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.records import Run, disk, read_json, write_json, write_text
-from cotvalve.settings import Alphas, Count, Positive, Settings, Share
+from cotvalve.settings import Alphas, Count, NotNegative, Positive, Settings, Share
 from cotvalve.train import TrainSettings
 from cotvalve.types import Progress, Toward, silent, within
 
@@ -48,7 +48,7 @@ class RewardSettings(Sampling, FitSettings):
     """Positions that are sampled and learned, with commas. Those beyond 1 break first."""
     samples: int = 8
     """Chains per question and alpha: what a chain is worth is told by the others."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Has to stay 1: chains at another temperature are no sample of what learns."""
     brevity: float = 0.5
     """What the longest right chain of a question earns less than the shortest, which earns 1; a wrong one earns 0."""

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from cotvalve.baselines import PLAIN, PROMPTED, baselines
+from cotvalve.baselines import PLAIN, PROMPTED, Baseline, baselines
 from cotvalve.card import DIRECTION_SHA256
 from cotvalve.direction import Direction, check_fits, load_direction
 from cotvalve.engines import pick
@@ -70,8 +70,14 @@ def redo(folder: Path) -> Path:
         raise DataError(f"{folder}: holds a run of '{found['verb']}', not 'sweep'; name a sweep's folder")
     settings = SweepSettings.read({**found["settings"], "out": str(folder)})
     rows: dict[tuple[str, str], list[Json]] = {}
+    sets = problems_of(settings)
     if (folder / "rows.sqlite").exists():
         with closing(RowStore(folder / "rows.sqlite")) as store:
+            # Short chains end first: a table of those that are there would flatter.
+            positions = 1 + len(_baselines(settings)) + len(named_directions(settings.direction)) * sum(alpha != 0 for alpha in settings.alphas)
+            wanted = positions * settings.samples * sum(map(len, sets.values()))
+            if len(store) < wanted:
+                raise DataError(f"{folder}: {len(store):,} of {wanted:,} chains are there; give the sweep's command again to finish it")
             for name, system in sorted({tuple(key.split("|", 2)[:2]) for key in store.keys()}):  # noqa: SIM118
                 rows[name, system] = store.rows(f"{name}|{system}|")
         for name, system in rows:
@@ -84,14 +90,18 @@ def redo(folder: Path) -> Path:
             rows.setdefault((row.pop("dataset"), row.pop("system")), []).append(row)
     order = [PLAIN, *sorted({system for _, system in rows if system.startswith(PROMPTED)}), *named_directions(settings.direction)]
     shown = {key: rows[key] for key in sorted(rows, key=lambda key: (key[0], order.index(key[1])))}
-    return finish(folder, found["facts"], shown, problems_of(settings), settings)
+    return finish(folder, found["facts"], shown, sets, settings)
+
+
+def _baselines(settings: SweepSettings) -> list[Baseline]:
+    budgets = [_whole(part) for part in settings.budgets.split(",") if part.strip()]
+    return baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
 
 
 def run(settings: SweepSettings, progress: Progress = silent) -> Path:
     """Samples what is missing, writes the tables and the report; returns the report's path."""
     directions = named_directions(settings.direction)
-    budgets = [_whole(part) for part in settings.budgets.split(",") if part.strip()]
-    others = baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
+    others = _baselines(settings)
     sets = problems_of(settings)
     valve = settings.load_valve()
     billions, plain_facts = valve.billions(), valve.facts()

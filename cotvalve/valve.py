@@ -188,7 +188,7 @@ class Valve:
         alpha 0 works. `chat_template` is for base models (templates.put). Raises DataError for a model that is
         missing or broken, DirectionMismatch for a direction that does not fit it.
         """
-        where = checkpoints.pick_device() if device is None else torch.device(device)
+        where = checkpoints.pick_device(device)
         how: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code, "quantize_4bit": quantize_4bit}
         loaded = checkpoints.load_model(model, dtype=dtype, device=where, **how)
         tokenizer = checkpoints.load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)

@@ -71,6 +71,8 @@ def fuse(settings: FuseSettings, progress: Progress = silent) -> Path:
 @contextmanager
 def _whole(folder: Path) -> Generator[Path]:
     """A folder to write into that becomes `folder` at the end: a killed command leaves nothing half done there."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: a file, not a folder; name another --out")
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder}: not empty; name another --out")
     part = folder.with_name(f".{folder.name}.part")

@@ -23,6 +23,12 @@ def folder(tmp_path: Path) -> Path:
     return models.save(models.qwen2(), tmp_path / "model")
 
 
+@pytest.mark.parametrize(("name", "says"), [("gpu", "device 'gpu' is unknown; expected cuda"), ("cuda:99", "device 'cuda:99' is not here"), ("mps:7", "is not here")])
+def test_a_device_that_is_not_here_is_told_in_one_line(folder: Path, name: str, says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        load_model(folder, device=name)
+
+
 # What is read
 
 

@@ -120,6 +120,8 @@ def test_bad_extractions() -> None:
     base = models.llama()
     with pytest.raises(DataError, match="are equal: there is no direction between them"):
         extract(base, models.llama(), rank=2)
+    with pytest.raises(DataError, match="are equal: there is no direction between them"):
+        extract(base, models.llama())
     with pytest.raises(SettingError, match="rank is 0; expected 1 or more"):
         extract(base, models.moved(base), rank=0)
     with pytest.raises(SettingError, match="modules were chosen without a rank"):

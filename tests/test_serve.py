@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cotvalve.calibration import Calibration, Error, Position
 from cotvalve.direction import Card, Direction
 from cotvalve.engines import pick
 from cotvalve.engines.live import Live, Piece
-from cotvalve.engines.sampling import Codec
+from cotvalve.engines.sampling import Codec, Encoded
 from cotvalve.errors import CotvalveError, EngineError, SettingError
 from cotvalve.problems import load
 from cotvalve.prompts import render_messages
@@ -374,6 +375,74 @@ def test_a_full_queue_says_so(server: Server) -> None:
     assert server.idle()
 
 
+class Held:
+    """A front with one slot, whose chain runs until it is let go."""
+
+    streams = False
+
+    def __init__(self) -> None:
+        self.held: list[Encoded] = []
+        self.go = threading.Event()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.held)
+
+    @property
+    def waiting(self) -> int:
+        return max(0, len(self.held) - 1)
+
+    def add(self, encoded: Encoded, *, watch: bool = False) -> None:  # noqa: ARG002  nothing can be watched here
+        self.held.append(encoded)
+
+    def drop(self, id: str) -> None: ...
+    def close(self) -> None: ...
+
+    def step(self) -> Sequence[Piece | Completion]:
+        if not self.go.wait(0.01):
+            return []
+        return [Completion(self.held.pop(0).request.id, 0.0, "", 1, "stop")]
+
+
+class HeldBatcher(Batcher):
+    """A batcher on a front with one slot."""
+
+    def _open(self) -> Front:
+        self.front = Held()
+        return self.front
+
+
+def test_what_waits_for_a_slot_is_in_the_queue() -> None:
+    """One after the other, each in the engine's hands before the next comes: one runs, two wait, the fourth is one too many."""
+    batcher = HeldBatcher(small(), slots=1, context=64, queue=2)
+    ended = threading.Semaphore(0)
+    try:
+        for i in range(3):
+            batcher.submit([batcher.encode(Request(f"{i}", "one", 1.0, 4))], [lambda _: ended.release()])
+            until = time.monotonic() + 10
+            while len(batcher.front.held) <= i and time.monotonic() < until:
+                time.sleep(0.005)
+            assert batcher.load == (1, i)
+        with pytest.raises(Busy, match="2 requests wait already, the server takes 2"):
+            batcher.submit([batcher.encode(Request("3", "one", 1.0, 4))], [lambda _: None])
+        batcher.front.go.set()
+        assert all(ended.acquire(timeout=10) for _ in range(3))
+        assert batcher.load == (0, 0)
+    finally:
+        batcher.close()
+
+
+def test_the_engine_says_how_many_wait_for_a_slot() -> None:
+    live = Live(small(), slots=1, context=256)
+    codec = Codec(live.valve.model, live.valve.tokenizer)
+    for i in range(3):
+        live.add(codec.encode([Request(f"{i}", "one two three", 1.0, 200, 1.5, 1.0, i)])[0][0])
+    assert live.waiting == 3
+    live.step()
+    assert live.waiting == 2
+    live.close()
+
+
 class Failing:
     """A front whose backend fails once."""
 
@@ -387,6 +456,10 @@ class Failing:
     @property
     def busy(self) -> bool:
         return self.inner.busy
+
+    @property
+    def waiting(self) -> int:
+        return self.inner.waiting
 
     def add(self, encoded: Any, *, watch: bool = False) -> None:
         self.inner.add(encoded, watch=watch)
@@ -636,6 +709,15 @@ def test_the_default_position_has_to_be_on_the_dial(valve: Valve) -> None:
 
     with pytest.raises(SettingError, match="between 0 and 1"):
         Dial.of(valve, ServeSettings(alpha=1.5), streams=True)
+    # Where the calibration found degenerate chains the curve ends, and so does what is served unasked.
+    known = calibration()
+    last = known.positions[-1]
+    valve.calibration = replace(known, positions=(*known.positions, replace(last, alpha=8.0, degenerate=90.0, fitted=None)))
+    try:
+        assert Dial.of(valve, ServeSettings(), streams=True).high == 1.0
+        assert Dial.of(valve, ServeSettings(highest=8.0), streams=True).high == 8.0
+    finally:
+        valve.calibration = known
     assert Dial.of(small(), ServeSettings(model="./runs/mine"), streams=True).name == "mine"
     assert Dial.of(small(), ServeSettings(model="owner/name"), streams=True).name == "owner/name"
     plain = Valve(models.llama(), models.tokenizer())

@@ -7,11 +7,13 @@ from typing import get_type_hints
 import pytest
 from pydantic import ValidationError
 
+from cotvalve.calibrate import CalibrateSettings
 from cotvalve.errors import CotvalveError, SettingError, unknown
 from cotvalve.fitting import FitSettings
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import VERBS
 from cotvalve.records import Run
+from cotvalve.serve import ServeSettings
 from cotvalve.settings import Alphas, ModelSettings, Settings
 from cotvalve.sweep import SweepSettings
 from cotvalve.train import TrainSettings
@@ -148,6 +150,12 @@ def test_flags_mean_the_same_everywhere() -> None:
         (SweepSettings, {"temperature": -1}, "temperature"),
         (SweepSettings, {"top_p": 1.5}, "top_p"),
         (SweepSettings, {"top_p": -0.1}, "top_p"),
+        (SweepSettings, {"temperature": float("nan")}, "temperature.*greater than or equal to 0|temperature.*finite"),
+        (SweepSettings, {"slots": 0}, "slots.*greater than or equal to 1"),
+        (CalibrateSettings, {"tolerance": float("nan")}, "tolerance"),
+        (ServeSettings, {"temperature": -1}, "temperature"),
+        (ServeSettings, {"top_p": -3}, "top_p"),
+        (ServeSettings, {"slots": 0}, "slots"),
         (SweepSettings, {"alphas": "0.3333333,0.33333334"}, "alpha 0.333333 is given twice"),
         (FitSettings, {"rank": 0}, "rank.*greater than or equal to 1"),
         (FitSettings, {"dropout": 1.5}, "dropout.*less than 1"),

@@ -74,6 +74,55 @@ def test_a_report_is_made_again_from_the_rows_alone(tmp_path: Path) -> None:
     assert [(p["system"], p["alpha"], p["accuracy"]) for p in again] == [(p["system"], p["alpha"], p["accuracy"]) for p in json.loads(points)["points"]]
 
 
+def test_a_sweep_that_has_not_ended_is_not_drawn(tmp_path: Path) -> None:
+    """Short chains end first: their table would flatter, and be taken for a finished sweep's."""
+    settings = sweep.SweepSettings(
+        model="tiny-reasoner", direction="tiny-valve", data="arithmetic", prompt="plain", limit=4, alphas="0,1", max_new_tokens=40, slots=2, out=str(tmp_path / "s"),
+    )  # fmt: skip
+
+    class Stopped(Exception):
+        pass
+
+    def stop(_task: str, done: int, _total: int, _note: str = "") -> None:
+        if done >= 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        sweep.run(settings, stop)
+    with pytest.raises(DataError, match=r"s: \d of 8 chains are there; give the sweep's command again to finish it"):
+        sweep.redo(tmp_path / "s")
+    assert not (tmp_path / "s" / "points.json").exists()
+    sweep.run(settings)
+    sweep.redo(tmp_path / "s")
+
+
+def test_a_file_where_a_folder_belongs_is_told_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(DataError, match=r"file/run\.json: no such file"):
+        sweep.redo(file)
+    for act in (lambda: extract(ExtractSettings(base="tiny", reasoner="tiny-reasoner", out=str(file))),
+                lambda: fuse(FuseSettings(model="tiny-reasoner", direction="tiny-valve", out=str(file)))):  # fmt: skip
+        with pytest.raises(DataError, match="file: a file, not a folder; name another --out"):
+            act()
+    (tmp_path / "dir.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"dir\.jsonl: no such file"):
+        sweep.run(sweep.SweepSettings(model="tiny-reasoner", data=str(tmp_path / "dir.jsonl"), out=str(tmp_path / "s")))
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_no_model_is_fused_at_what_is_no_position(tmp_path: Path, alpha: float) -> None:
+    with pytest.raises(SettingError, match="is not a finite number"):
+        fuse(FuseSettings(model="tiny-reasoner", direction="tiny-valve", alpha=alpha, out=str(tmp_path / "fused")))
+    assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 2.0}, {"seed": -1}])
+def test_numbers_that_no_chain_can_be_sampled_with_are_refused(how: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match=r"(temperature|max_new_tokens) has to be .*\(given: "):
+        Valve.load("tiny-reasoner").generate("1 + 1?", **how)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_report_of_another_verbs_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"verb": "train", "settings": {}, "facts": {}}')
     with pytest.raises(DataError, match="holds a run of 'train', not 'sweep'"):

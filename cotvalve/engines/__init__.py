@@ -92,7 +92,11 @@ def ask(
     valve: "Valve", questions: Sequence[str], alphas: Sequence[float], *, prompt: str, max_new_tokens: int,
     temperature: float, top_p: float, seed: int,
 ) -> list[Completion]:  # fmt: skip
-    """Every question at every alpha, all in one batch; questions outermost, alphas innermost."""
+    """Every question at every alpha, all in one batch; questions outermost, alphas innermost. SettingError for numbers out of range."""
+    if max_new_tokens < 1 or seed < 0:
+        raise SettingError(f"max_new_tokens has to be 1 or more, seed 0 or more (given: {max_new_tokens}, {seed})")
+    if not 0 <= temperature < float("inf") or not 0 <= top_p <= 1:
+        raise SettingError(f"temperature has to be 0 or more, top_p between 0 and 1 (given: {temperature}, {top_p})")
     from cotvalve import prompts
 
     texts = [prompts.render(valve.tokenizer, question, prompts.prompt(prompt)) for question in questions]

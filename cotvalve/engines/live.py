@@ -61,6 +61,11 @@ class Live:
         """True while a chain runs or waits."""
         return bool(self._queue) or self._batch.busy
 
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._queue) + len(self._batch.waiting)
+
     def add(self, encoded: Encoded, *, watch: bool = False) -> None:
         """Takes a request in; `watch` asks for its tokens as they come. Its id must not be in use."""
         assert len(encoded.ids) + encoded.room <= self.context

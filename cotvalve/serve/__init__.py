@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cotvalve.errors import EngineError, SettingError
-from cotvalve.settings import ModelSettings
+from cotvalve.settings import Count, ModelSettings, NotNegative, Probability
 
 if TYPE_CHECKING:
     import socket
@@ -32,18 +32,18 @@ class ServeSettings(ModelSettings):
     alpha: float = 0.0
     """Position of requests that say none."""
     lowest: float | None = None
-    """Smallest alpha that is served; by default the calibration's first, else -1."""
+    """Smallest alpha that is served; by default where the calibrated curve begins, else -1."""
     highest: float | None = None
-    """Largest alpha that is served; by default the calibration's last, else 2."""
+    """Largest alpha that is served; by default where the calibrated curve ends, else 2."""
     max_new_tokens: int = 2048
     """Token budget of requests that say none."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """Temperature of requests that say none; 0 is greedy."""
-    top_p: float = 1.0
+    top_p: Probability = 1.0
     """Nucleus of requests that say none."""
     engine: str = "auto"
     """auto, transformers or generate; generate gives chains whole, not token by token."""
-    slots: int | None = None
+    slots: Count | None = None
     """Chains decoded at once; sized from the memory when not given."""
     context: int = 8192
     """Tokens of a chain with its prompt; memory is laid out for slots times this."""

@@ -41,6 +41,11 @@ class Front(Protocol):
 
     @property
     def busy(self) -> bool: ...
+    @property
+    def waiting(self) -> int:
+        """Requests that were added and do not run yet."""
+        ...
+
     def add(self, encoded: Encoded, *, watch: bool = False) -> None: ...
     def drop(self, id: str) -> None: ...
     def step(self) -> Sequence[Piece | Completion]: ...
@@ -60,6 +65,11 @@ class Whole:
     def busy(self) -> bool:
         """True while a request waits."""
         return bool(self._waiting)
+
+    @property
+    def waiting(self) -> int:
+        """Requests of the next batch."""
+        return len(self._waiting)
 
     def add(self, encoded: Encoded, *, watch: bool = False) -> None:  # noqa: ARG002  nothing can be watched here
         """Puts a request into the next batch."""
@@ -115,6 +125,7 @@ class _Job:
     text: Unfold | None
     """None for a request that only wants its completion."""
     running: bool = False
+    """Whether the engine has it, in a slot or waiting for one."""
 
 
 class Batcher:
@@ -150,7 +161,8 @@ class Batcher:
     def load(self) -> tuple[int, int]:
         """Requests that run, and that wait."""
         jobs = list(self._jobs.values())
-        running = sum(job.running for job in jobs)
+        front = getattr(self, "_front", None)  # none while a fresh one is opened
+        running = max(0, sum(job.running for job in jobs) - (front.waiting if front else 0))
         return running, len(jobs) - running
 
     def encode(self, request: Request) -> Encoded:

@@ -150,8 +150,8 @@ class Dial:
         if valve.direction is None:
             low = high = 0.0
         else:
-            low = settings.lowest if settings.lowest is not None else known.positions[0].alpha if known else -1.0
-            high = settings.highest if settings.highest is not None else known.positions[-1].alpha if known else 2.0
+            low = settings.lowest if settings.lowest is not None else known.span.low if known else -1.0
+            high = settings.highest if settings.highest is not None else known.span.high if known else 2.0
         if not low <= settings.alpha <= high:
             raise SettingError(
                 f"alpha {settings.alpha:g} is not between {low:g} and {high:g}, which this server serves"
