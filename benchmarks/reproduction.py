@@ -292,33 +292,57 @@ def dial_tables(here: Measured, dataset: str, against: str, draws: int) -> list[
     }
     parts = ["The dial:", table(columns, rows, words=1), table(how, travels, words=2)]
     first = against if against in dials else next(iter(dials))
-    gaps = [(name, *equal_length(dial, dials[first], draws)) for name, dial in here.systems.items() if name != first and 1.0 in dial]
+    gaps = [(name, equal_length(dial, dials[first], draws)) for name, dial in here.systems.items() if name != first and 1.0 in dial]
     if gaps:
-        above: dict[str, Callable[[tuple[str, float, Interval]], str]] = {
+        above: dict[str, Callable[[tuple[str, Gap]], str]] = {
             "system": lambda gap: gap[0],
-            f"points above {first} at equal length": lambda gap: f"{signed(gap[1])} [{signed(gap[2].low)} to {signed(gap[2].high)}]",
+            f"points above {first} at equal length": lambda gap: str(gap[1]),
+            "positions": lambda gap: f"{gap[1].compared} of {gap[1].positions}",
         }
-        parts += ["Accuracy at equal length, mean over the positions above 0 up to 1:", table(above, gaps, words=1)]
+        parts += [f"Accuracy at equal length, mean over the positions above 0 up to 1 whose chains are as long as some of {first}'s:", table(above, gaps, words=1)]
     return parts
 
 
-def equal_length(a: Dial, b: Dial, draws: int) -> tuple[float, Interval]:
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Accuracy of one dial above another at equal length."""
+
+    points: float | None
+    """None where no position has a length that the other dial has too."""
+    within: Interval
+    compared: int
+    positions: int
+
+    def __str__(self) -> str:
+        return DASH if self.points is None else f"{signed(self.points)} [{signed(self.within.low)} to {signed(self.within.high)}]"
+
+
+def equal_length(a: Dial, b: Dial, draws: int) -> Gap:
     """Points by which `a` is above the curve of `b` at the same mean tokens, mean over the positions of `a` above 0 up to 1.
 
-    The curve is straight in the logarithm of tokens between b's positions from 0 to 1, and flat beyond their ends.
+    The curve is straight in the logarithm of tokens between b's positions from 0 to 1 and those beyond that go on, by 3 % in
+    length or more: where chains stand or turn back they only get worse. Positions of `a` whose chains are shorter than b's
+    shortest or longer than its longest (by more than 2 %) have no equal and are left out.
     """
-    curve = [seeds for alpha, seeds in b.items() if alpha is not None and 0 <= alpha <= 1]
+    dial = [(alpha, seeds) for alpha, seeds in sorted(b.items(), key=lambda each: each[0] or 0.0) if alpha is not None and alpha >= 0]
+    way = np.abs(np.log([rough("", alpha, seeds).tokens_mean for alpha, seeds in dial]) - math.log(rough("", *dial[0]).tokens_mean))
+    curve = [seeds for i, (alpha, seeds) in enumerate(dial) if alpha <= 1 or way[i] > way[:i].max() + 0.03]
     sides = [*curve, *(seeds for alpha, seeds in a.items() if alpha is not None and 0 < alpha <= 1)]
     known = len(curve)
+    plain = [rough("", next(iter(seeds.values()))[0]["alpha"], seeds) for seeds in sides]
+    lengths = np.array([p.tokens_mean for p in plain])
+    least, most = lengths[:known].min() / 1.02, lengths[:known].max() * 1.02
+    used = known + np.flatnonzero((lengths[known:] >= least) & (lengths[known:] <= most))
 
     def gap(accuracy: Floats, tokens: Floats) -> float:
         order, x = np.argsort(tokens[:known]), np.log(tokens)
-        return float(np.mean(accuracy[known:] - np.interp(x[known:], x[order], accuracy[order])))
+        return float(np.mean(accuracy[used] - np.interp(x[used], x[order], accuracy[order])))
 
-    plain = [rough("", next(iter(seeds.values()))[0]["alpha"], seeds) for seeds in sides]
-    estimate = gap(np.array([p.accuracy for p in plain]), np.array([p.tokens_mean for p in plain]))
+    if not len(used):
+        return Gap(None, Interval(0.0, 0.0), 0, len(sides) - known)
+    estimate = gap(np.array([p.accuracy for p in plain]), lengths)
     accuracy, tokens = drawn(sides, draws)
-    return estimate, interval(np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])]), estimate)
+    return Gap(estimate, interval(np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])]), estimate), len(used), len(sides) - known)
 
 
 def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "") -> str:

@@ -47,7 +47,12 @@ def boxes(text: str) -> list[str]:
     >>> boxes(r"\boxed{3} and then \boxed{\frac{1}{2}} and \boxed{cut")
     ['3', '\\frac{1}{2}']
     """
-    found: list[str] = []
+    return [contents for _, contents in _boxes(text)]
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """Where the contents of each complete box begin, and the contents."""
+    found: list[tuple[int, str]] = []
     opened: list[int] = []  # where the contents of each open brace begin; -1 for a brace that is no box
     for match in _BOX.finditer(text):
         if match["box"]:
@@ -57,10 +62,8 @@ def boxes(text: str) -> list[str]:
         elif match[0] == "}" and opened:
             start = opened.pop()
             if start >= 0 and text[start : match.start()].strip():
-                found.append(text[start : match.start()].strip())
-    if not found:
-        found = _BARE_BOX.findall(text)
-    return found
+                found.append((start, text[start : match.start()].strip()))
+    return found or [(match.start(1), match[1]) for match in _BARE_BOX.finditer(text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +80,11 @@ def find(text: str, kind: AnswerKind) -> Found | None:
 
     `text` is without its thinking block. Empty boxes and '####' headings of a document are passed over.
     """
-    boxed = boxes(text)
+    boxed = _boxes(text)
     if boxed:
-        return Found(_last_run(text, boxed) if kind == "list" else boxed[-1], complete=True)
+        # The one that is opened last: of a box in a box the inner one, though the outer is closed last.
+        last = max(boxed)[1]
+        return Found(_last_run(text, last) if kind == "list" else last, complete=True)
     hashes = [match for match in _HASHES.finditer(text) if not _NUMBERED_HEADING.match(match[1])]
     for match in reversed(hashes[-MAX_MARKS:]):
         value = _leading(match[1][:MAX_ANSWER], kind, marked=True)
@@ -95,11 +100,10 @@ def find(text: str, kind: AnswerKind) -> Found | None:
     return Found(value, complete=False) if value else None
 
 
-def _last_run(text: str, boxed: list[str]) -> str:
+def _last_run(text: str, last: str) -> str:
     """The boxes of the last line that has any: several values are often boxed one by one."""
-    lines = [line for line in text.splitlines() if "box" in line]
-    together = boxes(lines[-1]) if lines else []
-    return ", ".join(together) if len(together) > 1 else boxed[-1]
+    together = next((found for line in reversed(text.splitlines()) if "box" in line and (found := boxes(line))), [])
+    return ", ".join(together) if len(together) > 1 else last
 
 
 def _sentence(rest: str) -> str:

@@ -7,6 +7,7 @@ questions are the held-out ones, which `train` and `mix` never see; a test set i
     cotvalve calibrate --model BASE --direction D --data gsm8k --out calibrate
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -143,9 +144,11 @@ def measure(
         at = point("dial", "held-out", alpha, found, 1.0, seed=seed)
         test = paired(found, plain, dataset="held-out", a=f"{alpha:g}", b="0", seed=seed)
         difference = test.accuracy_difference_ci
-        if alpha != 0 and not _lost(found, plain):
-            # Resamples of no loss show none; so many questions still leave room for this much (exact, one-sided 2.5 %).
-            difference = Interval(min(difference.low, -100 * (1 - 0.025 ** (1 / test.problems))), difference.high)
+        if alpha != 0:
+            # Resamples of no loss show none, and of a handful too little; so many questions leave room for this much.
+            lost, gained = _changed(found, plain)
+            room = _at_most(min(lost, 5), test.problems)
+            difference = Interval(min(difference.low, 100 * (gained / test.problems - room)), difference.high)
         cut = np.array([row["finish"] == "length" for row in found])
         looping = np.array([loops(row["text"]) for row in found])
         positions.append(
@@ -173,10 +176,31 @@ def measure(
     )  # fmt: skip
 
 
-def _lost(found: Sequence[Json], plain: Sequence[Json]) -> bool:
-    """True when some question was answered worse than at alpha 0."""
+def _changed(found: Sequence[Json], plain: Sequence[Json]) -> tuple[int, int]:
+    """Questions answered worse than at alpha 0, and better."""
     here, there = answers(found, "dial").right_P_S.mean(1), answers(plain, "alpha 0").right_P_S.mean(1)
-    return bool((here < there).any())
+    return int((here < there).sum()), int((here > there).sum())
+
+
+def _at_most(lost: int, questions: int) -> float:
+    """The share that may be lost where so many of these questions were: exact (Clopper-Pearson), one-sided 2.5 %.
+
+    >>> round(_at_most(0, 400), 5), round(_at_most(1, 400), 5), _at_most(3, 3)
+    (0.00918, 0.01385, 1.0)
+    """
+    if lost == questions:
+        return 1.0
+
+    def fewer(share: float) -> float:
+        """The probability of no more losses than were seen."""
+        logs = (math.lgamma(questions + 1) - math.lgamma(k + 1) - math.lgamma(questions - k + 1)
+                + k * math.log(share) + (questions - k) * math.log1p(-share) for k in range(lost + 1))  # fmt: skip
+        return sum(map(math.exp, logs))
+
+    low, high = lost / questions, 1.0
+    for _ in range(60):
+        low, high = ((low + high) / 2, high) if fewer((low + high) / 2) > 0.025 else (low, (low + high) / 2)
+    return high
 
 
 def _errors(

@@ -39,7 +39,7 @@ class Position:
     difference: float
     """Accuracy minus that of alpha 0 on the same questions, in percentage points."""
     difference_ci: Interval
-    """Paired bootstrap; where no question was lost, reaching down to what so few questions cannot exclude."""
+    """Paired bootstrap; where none or a handful of questions was lost, reaching down to what so few cannot exclude."""
     truncated: float
     """Percent of chains cut by the token budget."""
     looping: float

@@ -274,6 +274,17 @@ def check_fits(direction: Direction, model: nn.Module) -> int:
     return len(direction.factors)
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Raises DirectionMismatch as `refuse_fused` does, and for a model with an adapter on it: two valves would turn one LoRA."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    refuse_fused(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise DirectionMismatch(
+            "the model has an adapter on it already (another Valve's?); give that valve the other direction with turn_to, or load the model again"
+        )
+
+
 def refuse_fused(model: nn.Module) -> None:
     """Raises DirectionMismatch for a model that already has a direction inside its weights."""
     config = getattr(model, "config", None)

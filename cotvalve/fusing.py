@@ -39,6 +39,9 @@ def fuse(valve: Valve, alpha: float) -> PreTrainedModel:
         delta = alpha * layer.scaling[ADAPTER] * (b @ a)
         if alpha != 0:
             state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    head = valve.model.get_output_embeddings()
+    if alpha and valve.dial and any(layer is head for layer in valve.dial.layers.values()):
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False  # the output's table is another than the input's now
     with torch.device("meta"):
         plain = type(valve.model)(config)
     plain.load_state_dict(state, strict=False, assign=True)

@@ -5,7 +5,7 @@ rationals (1.0 is 1, 1/2 is 0.5, 1.33 is not 4/3). No text can hang it: a grade 
 What cannot be read is wrong, with a reason; nothing is ever equal to nothing.
 
 A truncated completion is wrong with the reason 'truncated', unless a whole box or a whole '####' line stood
-in it before the cut: then the answer had been given and is graded. (Sweeps count truncation apart either way.)
+in it before the cut: then the answer had been given and is graded. (Sweeps and MixChain count every truncated completion as wrong.)
 
     >>> grade(("1080", "number"), r"So she pays \$1,080. #### 1,080").correct
     True

@@ -38,14 +38,13 @@ class Judge:
         self._parents: subprocess.Popen[str] | None = None
 
     def ask(self, gold: str, given: str, seconds: float) -> str:
-        """Empty when equal, else the reason why not; back within `seconds` once it is this question's turn."""
+        """Empty when equal, else the reason why not; back within `seconds` once a worker has the question (twice that, when one dies of it)."""
         line = json.dumps({"gold": gold, "given": given}) + "\n"
         with self._lock:
-            end = time.monotonic() + seconds
             for _ in range(2):  # a worker that died may have been killed by others: the question gets a second one
                 if self._process is None or self._process.poll() is not None:
-                    self._start()
-                answer = self._exchange(line, max(end - time.monotonic(), 0.05))
+                    self._start()  # takes its own time: imports on a busy machine are not the question's slowness
+                answer = self._exchange(line, seconds)
                 if answer is None:
                     return TOO_LONG
                 if answer:

@@ -13,6 +13,7 @@ it stopped. A recipe's fields are the flags of its verbs.
 
 import importlib
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -138,7 +139,7 @@ def read(
     folders: dict[str, Path] = {}
     base = str(common.get("model") or "")
     steps: list[Step] = []
-    for step, fields in found["steps"].items():
+    for step, fields in ((str(name), fields) for name, fields in found["steps"].items()):
         if not isinstance(fields, dict) or "verb" not in fields:
             raise SettingError(f"{path}: step '{step}': has no verb; expected verb: {' or '.join(VERBS)}")
         fields = dict(fields)
@@ -176,16 +177,41 @@ def _filled(value: Any, folders: Mapping[str, Path], step: str, model: str) -> A
 
 
 def run(recipe: Recipe, progress: Progress = silent) -> Iterator[tuple[str, Path]]:
-    """Runs the steps in order; yields (step, what it made). Finished steps are passed over."""
+    """Runs the steps in order; yields (step, what it made). Finished steps are passed over.
+
+    One whose folder is gone is made again where a step that is not finished needs it, or none at all does. A step whose
+    input was made anew has to be made anew as well: DataError names the folder to remove.
+    """
     record = recipe.out / "steps.json"
     done: dict[str, Any] = read_json(record) if record.exists() else {}
+    users = {step.name: [other for other in recipe.steps if _uses(other, recipe.out / step.name)] for step in recipe.steps}
+
+    def finished(step: Step) -> bool:
+        known = done.get(step.name)
+        return bool(known) and known["settings"] == step.settings.model_dump(mode="json") and Path(known["made"]).exists()
+
     for step in recipe.steps:
         settings = step.settings.model_dump(mode="json")
-        if step.name not in done or done[step.name]["settings"] != settings:
+        inputs = {other.name: done[other.name].get("id", "") for other in recipe.steps if other.name in done and step in users[other.name]}
+        known = done.get(step.name)
+        spent = bool(users[step.name]) and all(finished(user) for user in users[step.name])
+        if known and known["settings"] == settings and (spent or finished(step)):
+            if stale := [name for name, id in inputs.items() if id and known.get("inputs", inputs).get(name, id) not in ("", id)]:
+                raise DataError(f"{recipe.out / step.name}: was made from another '{stale[0]}', which was made anew; remove this folder, and run again")
+        else:
+            # A folder that is there is gone on in, and stays what others were made from.
+            fresh = not (recipe.out / step.name).exists()
             made = VERBS[step.verb].run(step.settings, within(step.name, progress))
-            done[step.name] = {"settings": settings, "made": str(made)}
+            id = secrets.token_hex(8) if fresh else (known or {}).get("id", "")
+            done[step.name] = {"settings": settings, "made": str(made), "id": id, "inputs": inputs}
             write_json(record, done)
         yield step.name, Path(done[step.name]["made"])
+
+
+def _uses(step: Step, folder: Path) -> bool:
+    """Whether one of a step's settings names this folder, or a part of it."""
+    texts = [value for value in step.settings.model_dump(mode="json", exclude={"out"}).values() if isinstance(value, str)]
+    return any(re.search(rf"(^|[=,]){re.escape(str(folder))}($|[/,])", text) for text in texts)
 
 
 def demo(out: Path, seed: int = 0, progress: Progress = silent) -> Path:

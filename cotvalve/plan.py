@@ -147,7 +147,7 @@ def _check(recipe: Recipe) -> None:
     for section, named in recipe.sizes.items():
         if section not in ("models", *SIZES):
             raise SettingError(f"{recipe.name}: sizes: {unknown('field', section, ('models', *SIZES))}")
-        for name, values in named.items() if section in SIZES else ():
+        for name, values in (named or {}).items() if section in SIZES else ():
             for key in values:
                 if key not in SIZES[section]:
                     raise SettingError(f"{recipe.name}: sizes: {section}: {name}: {unknown('field', key, SIZES[section])}")
@@ -256,15 +256,14 @@ def _sweep(plan: _Plan, step: Step, settings: SweepSettings) -> Line:
     dialled = len([alpha for alpha in settings.alphas if alpha != 0]) * len(directions)
     budgets = [int(part) for part in settings.budgets.split(",") if part.strip()]
     others = len(baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets))
-    plain = 1 if 0 in settings.alphas or not directions else 0
     count, tokens, said = 0.0, NONE, list[str]()
     for name in (part.strip() for part in settings.data.split(",") if part.strip()):
         size = min(_size(plan, name, settings.split), settings.limit or math.inf)
         low, high = plan.answers(step.name, name, settings.max_new_tokens)
-        here = size * settings.samples * (dialled + others + plain)
+        here = size * settings.samples * (dialled + others + 1)
         count, tokens = count + here, tokens + Range(low, high) * here
         said.append(f"{size:,} of {name}")
-    work = f"{' + '.join(said)} x ({_some(dialled, 'position')} of {_some(len(directions), 'direction')}, {_some(others, 'baseline')}, {plain} plain) x {_some(settings.samples, 'sample')}"
+    work = f"{' + '.join(said)} x ({_some(dialled, 'position')} of {_some(len(directions), 'direction')}, {_some(others, 'baseline')}, 1 plain) x {_some(settings.samples, 'sample')}"
     return _sampling(plan, step, settings, count, tokens / count if count else tokens, work)
 
 

@@ -81,11 +81,10 @@ def render(tokenizer: "PreTrainedTokenizerBase", question: str, how: Prompt, bud
     """The whole prompt as text, ready to be continued by the model."""
     if how.budgets and budget is None:
         raise SettingError("this prompt needs a token budget; give budget=")
-    _check_template(tokenizer)
     messages = [{"role": "user", "content": how.user.format(question=question.strip(), budget=budget)}]
     if how.system is not None:
         messages.insert(0, {"role": "system", "content": how.system})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return render_messages(tokenizer, messages)
 
 
 def render_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from cotvalve.errors import DataError, SettingError
+from cotvalve.mathanswers import NOT_EQUAL
 from cotvalve.resampling import Answers, Floats, Row, answers, interval, resamples
 from cotvalve.types import Interval, Point
 
@@ -129,9 +130,9 @@ def point(
     accuracies, means, medians = _resampled_point(table, seed, draws)
     if samples == 1:
         accuracy_ci = wilson(correct, problems)
-    elif correct in (0, problems * samples):
+    elif len(shares := set(table.right_P_S.mean(1).tolist())) == 1:
         # Resampling equal values gives an interval of width 0; count each problem once instead.
-        accuracy_ci = wilson(correct // samples, problems)
+        accuracy_ci = wilson(round(shares.pop() * problems), problems)
     else:
         accuracy_ci = interval(accuracies, accuracy)
     return Point(
@@ -149,7 +150,8 @@ def point(
         reasoning_tokens=reasoning,
         answer_tokens=mean - reasoning,
         truncated=sum(row["finish"] == "length" for row in rows),
-        unreadable=sum(row["predicted"] is None for row in rows),
+        # What was cut is counted as such; a wrong answer that could be read and compared has this one reason.
+        unreadable=sum(row["finish"] == "stop" and not row["correct"] and row["reason"] != NOT_EQUAL for row in rows),
         acu=acu(accuracy, billions_of_parameters, mean) if mean else 0.0,
         samples=samples,
     )
@@ -208,13 +210,13 @@ def paired(
         problems=len(left.problems),
         accuracy_difference=accuracy_a - accuracy_b,
         accuracy_difference_ci=interval(differences, accuracy_a - accuracy_b),
-        accuracy_p=_p(differences),
+        accuracy_p=_p(differences, int((left.right_P_S.mean(1) != right.right_P_S.mean(1)).sum())),
         only_a=only_a,
         only_b=only_b,
         mcnemar_p=None if only_a is None or only_b is None else mcnemar(only_a, only_b),
         token_ratio=math.exp(log_ratio),
         token_ratio_ci=Interval(math.exp(ratio_ci.low), math.exp(ratio_ci.high)),
-        token_p=_p(log_ratios),
+        token_p=_p(log_ratios, len(left.problems)),
         accuracy_mean_a=accuracy_a,
         accuracy_mean_b=accuracy_b,
     )
@@ -325,12 +327,15 @@ def _resampled_pair(a: Answers, b: Answers, seed: int, draws: int) -> tuple[Floa
     return np.concatenate([one for one, _ in found]), np.concatenate([two for _, two in found])
 
 
-def _p(draws: Floats) -> float:
-    """Two-sided p of 'no difference': twice the smaller share of resamples on either side of 0."""
+def _p(draws: Floats, problems: int) -> float:
+    """Two-sided p of 'no difference': twice the smaller share of resamples on either side of 0.
+
+    At least what the signs of so many problems that differ can show: three of them, all one way, are no p below 1/4.
+    """
     # Sums of equal numbers in another order differ in the last bits; that is 0, not a side.
     tiny = 1e-9
     fewer = min(int((draws <= tiny).sum()), int((draws >= -tiny).sum()))
-    return min(1.0, 2 * (1 + fewer) / (1 + len(draws)))
+    return min(1.0, max(2 * (1 + fewer) / (1 + len(draws)), 2.0 ** (1 - problems)))
 
 
 def _alphas(rows: Sequence[Row]) -> list[float | None]:

@@ -44,7 +44,9 @@ _MINUS = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63\uff0d", "-"
 _CLEANING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), into)
     for pattern, into in (
-        (r"\{,\}", ","),
+        (r"\{([,:])\}", r"\1"),
+        # Before \text loses its braces: 18^{\text{th}}, 18^\text{th}.
+        (r"(?<=\d)\^\{?\s?\\(?:text|textrm|mathrm|rm)\s?\{\s?(?:th|st|nd|rd)\s?\}\}?", ""),
         (r",\\!\s{0,9}", ","),
         (r"(?<=\d)(?:[\u2009\u200a\u202f\u00a0]|\\[,;:!])(?=\d{3}(?!\d))", ""),
         (r"[\u2000-\u200a\u202f\u00a0~]", " "),
@@ -272,4 +274,5 @@ def same_phrase(gold: list[str], given: list[str]) -> bool:
     """True when the answer begins with the gold phrase, or when both say that things are equal."""
     if "equal" in gold:
         return bool({"equal", "same", "equally"} & set(given)) and "not" not in given
-    return bool(gold) and given[: len(gold)] == gold
+    # "Hamburgers" where one is meant is the same food.
+    return bool(gold) and (given[: len(gold)] == gold or given[: len(gold)] == [*gold[:-1], gold[-1] + "s"])

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cotvalve import checkpoints, templates
 from cotvalve.card import BASE_SHA256, DIRECTION_SHA256, Card
-from cotvalve.direction import Direction, check_fits, load_direction, refuse_fused
+from cotvalve.direction import Direction, check_fits, load_direction, refuse_adapted
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
 from cotvalve.inlets import ADAPTER, Inlets, Parts, weight
 from cotvalve.mover import Mover
@@ -107,10 +107,12 @@ class Dial:
         if self.alpha.numel() == 1:
             return self.alpha.reshape((1,) * out.ndim)
         rows, tokens, _ = self.alpha.shape
+        if out.ndim > 3 and out.shape[0] == rows and tokens == 1:  # heads apart, or a latent
+            return self.alpha.reshape(rows, *(1,) * (out.ndim - 1))
         if out.ndim != 3 or out.shape[0] != rows or tokens not in (1, out.shape[1]):
             raise EngineError(
                 f"the dial is set for {rows} rows{f' of {tokens} tokens' if tokens > 1 else ''} but a layer got shape "
-                f"{tuple(out.shape)}: rows cannot be told apart there; use one alpha for the whole batch"
+                f"{tuple(out.shape)}: rows cannot be told apart there; use one alpha for the whole batch (engine generate)"
             )
         return self.alpha
 
@@ -159,7 +161,7 @@ class Valve:
             self._put(direction)
 
     def _put(self, direction: Direction | TaskVector) -> None:
-        refuse_fused(self.model)
+        refuse_adapted(self.model)
         if isinstance(direction, Direction):
             check_fits(direction, self.model)
             self._wrap(direction.lora_config())
@@ -206,7 +208,7 @@ class Valve:
     @classmethod
     def fresh(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LoraConfig) -> Valve:
         """A valve with a new LoRA that is still zero, to be trained."""
-        refuse_fused(model)
+        refuse_adapted(model)
         valve = cls(model, tokenizer)
         valve._wrap(config)
         return valve
@@ -300,8 +302,8 @@ class Valve:
         if positions.numel() != 1:
             raise EngineError("an exact task vector moves all weights: one alpha per batch; extract it with a rank to mix alphas")
         position, before = float(positions), self._moved
-        self._move(position)
         try:
+            self._move(position)
             yield self.model
         finally:
             self._move(before)
@@ -311,7 +313,7 @@ class Valve:
             return
         if not isinstance(self.direction, TaskVector):
             raise SettingError(f"alpha {alpha:g} was asked for but no direction is loaded; name one with --direction")
-        self._mover = self._mover or Mover(self.direction, self.model)
+        self._mover, self._moved = self._mover or Mover(self.direction, self.model), math.nan  # nowhere, should this be interrupted
         self._mover.to(alpha)
         self._moved = alpha
 

@@ -54,7 +54,7 @@ LONGER = {-0.5: 80.0, 0.0: 100.0, 0.5: 180.0, 1.0: 400.0}
 
 @pytest.fixture(scope="module")
 def shorter() -> Calibration:
-    return measure(rows(SHORTER, right={0.0: 0.9, 0.1: 0.9, 0.25: 0.88, 0.5: 0.8, 1.0: 0.5}))
+    return measure(rows(SHORTER, right={0.0: 0.9, 0.1: 0.9, 0.25: 0.885, 0.5: 0.8, 1.0: 0.5}))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,13 @@ def test_the_safe_range_ends_before_the_first_position_that_may_lose_too_much(sh
     # 0.5 loses 10 points; a later position that happens to do well does not bring it back.
     lucky = measure(rows(SHORTER, right={0.5: 0.8, 1.0: 0.9}))
     assert lucky.safe.high == 0.25
+
+
+def test_a_question_lost_leaves_more_room_for_losses_than_none() -> None:
+    """Exact one-sided bounds (Clopper and Pearson) of 0, 1, 2 and 6 of 100; resamples of one loss give 3 points."""
+    lows = [measure(rows({0.0: 300.0, 1.0: 100.0}, questions=100, right={0.0: 1.0, 1.0: 1 - k / 100})).positions[-1].difference_ci.low for k in (0, 1, 2, 6)]
+    assert lows[:3] == pytest.approx([-3.622, -5.446, -7.038], abs=0.001)
+    assert lows[3] < -11
 
 
 def test_at_most_loss_takes_the_shortest_that_is_sure(shorter: Calibration) -> None:

@@ -597,10 +597,10 @@ def test_draws_are_taken_where_they_are_right_and_faster(monkeypatch: pytest.Mon
 
 def test_a_request_s_numbers_are_its_seed_s() -> None:
     one, two = Request("a", "x", 0.0, 8, 1.0, seed=1), Request("b", "y", 1.0, 20, 0.5, seed=1)
-    assert np.array_equal(uniforms(one), uniforms(two)[:8]), "a prefix: a longer budget goes on with the same numbers"
-    assert not np.array_equal(uniforms(one), uniforms(Request("a", "x", 0.0, 8, 1.0, seed=2)))
-    assert uniforms(one).dtype == np.float32
-    many = uniforms(Request("a", "x", 0.0, 100_000, 1.0, seed=2**63 - 1))
+    assert np.array_equal(uniforms(one, 8), uniforms(two, 16)[:8]), "a prefix: a longer budget goes on with the same numbers"
+    assert not np.array_equal(uniforms(one, 8), uniforms(Request("a", "x", 0.0, 8, 1.0, seed=2), 8))
+    assert uniforms(one, 8).dtype == np.float32
+    many = uniforms(Request("a", "x", 0.0, 100_000, 1.0, seed=2**63 - 1), 100_000)
     assert float(many.min()) >= 0
     assert float(many.max()) < 1
     assert abs(float(many.mean()) - 0.5) < 0.005

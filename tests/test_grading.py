@@ -194,3 +194,19 @@ def test_importing_grading_is_light() -> None:
     heavy = "print([name for name in ('torch', 'sympy', 'math_verify', 'datasets') if name in sys.modules])"
     code = f"import sys, cotvalve.problems; {heavy}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_worker_that_starts_slowly_does_not_cost_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imports from a cold disk took four seconds once: every pair was "too slow" then, and its verdict kept."""
+    start = mathjudge.Judge._start
+
+    def slowly(self: mathjudge.Judge) -> None:
+        start(self)
+        time.sleep(3.2)
+
+    monkeypatch.setattr(mathjudge.Judge, "_start", slowly)
+    judge = mathjudge.Judge()
+    try:
+        assert judge.ask("(x+1)^2", "x^2+2x+1", 3.0) == ""
+    finally:
+        judge.close()

@@ -1,5 +1,6 @@
 """Recipes are read and refused before anything runs; steps run once."""
 
+import shutil
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -262,3 +263,24 @@ def test_the_demo_s_recipe_runs_whole_and_goes_on(tmp_path: Path) -> None:
     assert rows(begun["mix"]) == stamped
     assert set(told) <= {"mix"}
     assert set(read_json(record)) == set(names)
+
+
+
+
+def test_a_step_whose_input_was_made_anew_is_not_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+
+    def go(rank: int) -> dict[str, Path]:
+        file.write_text(f"name: two\nsteps:\n  pair: {{verb: extract, base: tiny, reasoner: tiny-reasoner, rank: {rank}}}\n"
+                        "  plain: {verb: fuse, model: tiny, direction: $pair, alpha: 1}\n")  # fmt: skip
+        return dict(pipeline.run(pipeline.read(str(file), out=str(tmp_path / "out"))))
+
+    made = go(2)
+    before = (made["plain"] / "model.safetensors").read_bytes()
+    shutil.rmtree(made["pair"])
+    assert go(2) == made, "what needs it is there, so it is not made again"
+    assert not made["pair"].exists()
+    with pytest.raises(DataError, match="out/plain: was made from another 'pair', which was made anew; remove this folder"):
+        go(4)
+    shutil.rmtree(made["plain"])
+    assert (go(4)["plain"] / "model.safetensors").read_bytes() != before

@@ -185,14 +185,21 @@ def test_seeds_that_agree_leave_the_bootstrap_over_questions() -> None:
 
 
 def test_accuracy_at_equal_length_on_paper() -> None:
-    """The curve has 50 % at 400 tokens and 100 % at 100, so 75 % at 200, half way in the logarithm."""
+    """The curve has 50 % at 400 tokens and 100 % at 100, so 75 % at 200, half way in the logarithm; at alpha 2 it turns back."""
     b = {0.0: {"0": rows(0.0, "++--", [400] * 4)}, 1.0: {"0": rows(1.0, "++++", [100] * 4)}, 2.0: {"0": rows(2.0, "----", [200] * 4)}}
-    # 50 % at 200 tokens are 25 points below it; 100 % at 50 tokens meet its shorter end. Alpha 0 does not count.
+    # 50 % at 200 tokens are 25 points below it; 50 tokens it does not have. Alpha 0 does not count.
     a = {0.0: b[0.0], 0.5: {"0": rows(0.5, "++--", [200] * 4)}, 1.0: {"0": rows(1.0, "++++", [50] * 4)}}
-    gap, ends = reproduction.equal_length(a, b, 99)
-    assert gap == pytest.approx(-12.5)
-    # Questions 3 and 4 alone decide: from none of them drawn (0) to no other (-25).
-    assert (ends.low, ends.high) == pytest.approx((-25, 0), abs=6.3)
+    gap = reproduction.equal_length(a, b, 99)
+    assert gap.points == pytest.approx(-25)
+    assert (gap.compared, gap.positions) == (1, 2)
+    # Questions 3 and 4 alone decide: from none of them drawn (0) to no other (-50).
+    assert (gap.within.low, gap.within.high) == pytest.approx((-50, 0), abs=12.6)
+    # Where b goes on past alpha 1, its positions there are part of the curve: 40 % at 50 tokens.
+    further = {**b, 2.0: {"0": rows(2.0, "+---", [25] * 4)}}
+    assert reproduction.equal_length(a, further, 99).compared == 2
+    assert reproduction.equal_length(a, further, 99).points == pytest.approx((-25 + 100 - 62.5) / 2)
+    short = {0.5: {"0": rows(0.5, "++++", [20] * 4)}}
+    assert str(reproduction.equal_length(short, b, 9)) == DASH
 
 
 def test_figures_show_every_system_with_all_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

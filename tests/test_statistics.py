@@ -293,7 +293,7 @@ def test_paired_by_hand():
     assert pair.accuracy_difference == pytest.approx(20)
     assert pair.token_ratio == pytest.approx(0.5)
     assert (pair.token_ratio_ci.low, pair.token_ratio_ci.high) == pytest.approx((0.5, 0.5))
-    assert pair.token_p == 2 / 1000
+    assert pair.token_p == 2 / 2**5, "five questions that all go one way: what their signs can show, and not 2 of 1,000 draws"
     assert pair.accuracy_p > 0.3
 
 
@@ -413,3 +413,21 @@ def test_blocks_do_not_change_what_is_drawn(monkeypatch):
 
 def test_the_examples_in_the_docstrings():
     assert doctest.testmod(statistics).failed == 0
+
+
+
+
+def test_unreadable_are_those_that_ended_and_could_not_be_compared():
+    rows = [row("a"), {**row("b"), "correct": False, "reason": "not a plain number", "predicted": "x"},
+            {**row("c"), "correct": False, "reason": "not equal to the gold answer"},
+            {**row("d"), "correct": False, "finish": "length", "predicted": None, "reason": "truncated"}]  # fmt: skip
+    made = point("s", "d", 0.0, rows, 1)
+    assert (made.unreadable, made.truncated, made.correct) == (1, 1, 1)
+
+
+def test_few_questions_prove_little():
+    """One question asked four times has an interval; three that go one way have no p below what their signs show."""
+    alone = point("s", "d", 0.0, [row("a", sample=i, correct=i > 0) for i in range(4)], 1)
+    assert alone.accuracy_ci.high - alone.accuracy_ci.low > 60
+    three = paired(many([1, 1, 1], [10] * 3), many([0, 0, 0], [20] * 3), dataset="d", a="A", b="B", draws=999)
+    assert three.accuracy_p == three.mcnemar_p == 0.25

@@ -13,9 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cotvalve import Valve
+from cotvalve.adapters import Factor
+from cotvalve.checkpoints import load_model
 from cotvalve.direction import Card, Direction, load_direction
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
 from cotvalve.fitting import FitSettings
+from cotvalve.mover import Mover
 from cotvalve.taskvector import TaskVector
 from cotvalve.valve import ADAPTER, Dial
 from tests import models
@@ -602,6 +605,60 @@ def test_another_direction_in_the_place_of_this_one(other: dict[str, object], st
     for alpha in (0.0, 0.7, -1.0):
         assert torch.equal(at(turned, alpha), at(fresh, alpha))
     assert torch.equal(models.logits(turned.model), models.logits(models.llama()))
+
+
+def test_a_move_that_is_interrupted_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a task vector's way: what has moved goes back, bit for bit."""
+    base = models.llama()
+    valve = Valve(base, models.tokenizer(), TaskVector.between(models.llama(), models.moved(models.llama())))
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    write, calls = Mover._write, [0]
+
+    def interrupted(self: Mover, name: str, alpha: float, into: Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise KeyboardInterrupt
+        write(self, name, alpha, into)
+
+    monkeypatch.setattr(Mover, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt), valve.at(0.7):
+        pass
+    assert calls[0] == 6 + len(before), "it was on its way, and went all of it back"
+    assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+    with valve.at(0.0):
+        assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+
+
+def test_two_valves_on_one_model_are_refused() -> None:
+    """They would turn one LoRA, and the first would give neither direction."""
+    first = Valve.load("tiny-reasoner", "tiny-valve")
+    with pytest.raises(DirectionMismatch, match="has an adapter on it already"):
+        Valve(first.model, first.tokenizer, Direction.load("tiny-valve"))
+    with pytest.raises(DirectionMismatch, match="has an adapter on it already"):
+        Valve.fresh(first.model, first.tokenizer, FitSettings(rank=2).lora(first.model))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_a_lora_on_a_tied_output_layer_is_fused_into_a_table_of_its_own(tmp_path: Path, alpha: float) -> None:
+    base = models.llama(tied=True)
+    random = torch.Generator().manual_seed(0)
+    shapes = {name: module.weight.shape for name, module in base.named_modules() if name in ("lm_head", "model.layers.0.self_attn.q_proj")}
+    factors = {name: Factor(torch.randn(2, columns, generator=random), torch.randn(rows, 2, generator=random), 2) for name, (rows, columns) in shapes.items()}
+    assert len(factors) == 2
+    valve = Valve(base, models.tokenizer(), Direction(factors, CARD))
+    with valve.at(alpha) as model:
+        turned = models.logits(model)
+    fused = valve.fuse(alpha)
+    assert torch.allclose(models.logits(fused), turned, atol=1e-5)
+    fused.save_pretrained(tmp_path)
+    assert torch.allclose(models.logits(load_model(tmp_path, device="cpu")), turned, atol=1e-5)
+    assert fused.config.tie_word_embeddings == (alpha == 0)
+
+
+def test_neighbouring_seeds_draw_other_chains() -> None:
+    valve = Valve.load("tiny-reasoner", "tiny-valve")
+    texts = [[c.text for c in valve.generate("1 + 2?", alpha=[0.5] * 4, temperature=1.5, seed=seed, prompt="plain", max_new_tokens=60)] for seed in (0, 1)]
+    assert len({*texts[0], *texts[1]}) == 8
 
 
 def test_from_a_lora_to_a_task_vector_and_back() -> None:

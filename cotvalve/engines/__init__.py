@@ -9,6 +9,7 @@ With several GPUs `replicas` deals the requests of any but vLLM out among copies
 A new engine is one file with a class that has `generate`, and one line in `pick`.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Protocol
@@ -88,6 +89,11 @@ def _copied(engine: Engine, valve: "Valve", batch: int | None, gpus: int) -> Eng
     return Replicas(valve, engine, others[: gpus - 1], batch)
 
 
+def own_seed(seed: int, number: int) -> int:
+    """The seed of one chain of many: chains of the next seed are others, not these moved by one."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}|{number}".encode(), digest_size=8).digest(), "big") >> 1
+
+
 def ask(
     valve: "Valve", questions: Sequence[str], alphas: Sequence[float], *, prompt: str, max_new_tokens: int,
     temperature: float, top_p: float, seed: int,
@@ -101,7 +107,7 @@ def ask(
 
     texts = [prompts.render(valve.tokenizer, question, prompts.prompt(prompt)) for question in questions]
     requests = [
-        Request(f"{i:09d}", text, float(alpha), max_new_tokens, temperature, top_p, seed + i)
+        Request(f"{i:09d}", text, float(alpha), max_new_tokens, temperature, top_p, own_seed(seed, i))
         for i, (text, alpha) in enumerate(product(texts, alphas))
     ]
     return sorted(pick("auto", valve).generate(requests), key=lambda completion: completion.id)

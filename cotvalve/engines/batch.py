@@ -161,7 +161,7 @@ class Batch:
             drawn = np.zeros((len(taken), self.uniform.shape[1]), np.float32)
             for row, e in zip(drawn, encoded, strict=True):
                 if e.request.temperature > 0:
-                    row[: e.room] = uniforms(e.request)[: e.room]
+                    row[: e.room] = uniforms(e.request, e.room)
             self.uniform[index] = self._there(drawn)
         start = 0
         while start < len(taken) and (width := len(encoded[start].ids) - 1) > 0:

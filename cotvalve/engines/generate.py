@@ -46,6 +46,9 @@ class GenerateEngine:
             batch = encoded[start : start + self.batch]
             if not self.valve.rows:
                 batch = [e for e in batch if e.request.alpha == batch[0].request.alpha]
+            # Prompts are padded to the longest: one with less room may not be written past the context's end.
+            while len(batch) > 1 and max(len(e.ids) for e in batch) + max(e.room for e in batch) > self._codec.context:
+                batch = batch[: len(batch) // 2]
             start += len(batch)
             for completion in self._run(batch):
                 done += 1
@@ -66,7 +69,8 @@ class GenerateEngine:
         # transformers fills what a generation config leaves open from the checkpoint's own: repetition penalties too.
         own, model.generation_config = model.generation_config, GenerationConfig()
         try:
-            with torch.inference_mode(), self.valve.at(alphas if self.valve.rows else alphas[0]):
+            # One position is a number: layers that fold rows into one another (experts) can be turned by that alone.
+            with torch.inference_mode(), self.valve.at(alphas if len(set(alphas)) > 1 else alphas[0]):
                 out = model.generate(  # pyright: ignore[reportCallIssue]  the head classes mix it in
                     input_ids=ids, attention_mask=mask, generation_config=how,
                     logits_processor=LogitsProcessorList([_Draw(batch, width, device)]),
@@ -89,11 +93,11 @@ class _Draw(LogitsProcessor):
         self.width = width
         self.temperature = torch.tensor([e.request.temperature for e in batch], device=device)
         self.top_p = torch.tensor([e.request.top_p for e in batch], device=device)
-        most = max(e.request.max_new_tokens for e in batch)
+        most = max(e.room for e in batch)
         self.uniform = torch.zeros(len(batch), most, device=device)
         for row, e in enumerate(batch):
             if e.request.temperature > 0:
-                self.uniform[row, : e.request.max_new_tokens] = torch.from_numpy(uniforms(e.request)).to(device)
+                self.uniform[row, : e.room] = torch.from_numpy(uniforms(e.request, e.room)).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not bool((self.temperature > 0).any()):

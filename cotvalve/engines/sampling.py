@@ -24,9 +24,9 @@ BLOCK = 512
 """Vocabulary entries summed at a time when a token is drawn."""
 
 
-def uniforms(request: Request) -> np.ndarray:
-    """The request's own random numbers in [0, 1), one per new token, float32 [max_new_tokens]."""
-    return np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens, dtype=np.float32)
+def uniforms(request: Request, count: int) -> np.ndarray:
+    """The request's own random numbers in [0, 1), the first `count`, one per new token: float32 [count]."""
+    return np.random.Generator(np.random.Philox(request.seed)).random(count, dtype=np.float32)
 
 
 def greedy(logits_B_V: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Codec:
         # Declared as always there, but a model may be without one.
         self.stops = stop_ids(tokenizer, generation.eos_token_id if generation is not None else None)  # pyright: ignore[reportUnnecessaryComparison]
         self._end_think = end_think_id(tokenizer)
-        self._context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+        self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
 
     def encode(self, requests: Sequence[Request]) -> tuple[list[Encoded], list[Completion]]:
         """Requests that can run, and completions that say why the others cannot."""
@@ -97,9 +97,9 @@ class Codec:
         known = dict(zip(prompts, self._ids(prompts), strict=True))
         for request in requests:
             ids = known[request.prompt]
-            room = min(request.max_new_tokens, self._context - len(ids))
+            room = min(request.max_new_tokens, self.context - len(ids))
             if not ids or room < 1:
-                why = "the prompt is empty" if not ids else f"the prompt has {len(ids)} tokens, the context {self._context}"
+                why = "the prompt is empty" if not ids else f"the prompt has {len(ids)} tokens, the context {self.context}"
                 refused.append(Completion(request.id, request.alpha, "", 0, "error", len(ids), reason=why))
             else:
                 fits.append(Encoded(request, ids, room))

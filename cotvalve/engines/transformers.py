@@ -47,6 +47,8 @@ def unsupported(model: PreTrainedModel) -> str:
     config = model.config
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
+    if config.get_text_config() is not config:
+        return "its language model is a part of a larger one"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return "it has layers other than full attention"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
