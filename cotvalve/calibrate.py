@@ -117,7 +117,7 @@ def _opened(settings: CalibrateSettings, home: Path, facts: Json) -> Run:
 def _save(at: Run, home: Path, rows: Sequence[Json], facts: Json, chosen_on: str, settings: CalibrateSettings) -> Path:
     made = measure(
         rows, tolerance=settings.tolerance, degenerate=settings.degenerate, chosen_on=chosen_on,
-        fingerprint=fingerprint(home), facts={key: str(value) for key, value in facts.items()}, seed=settings.seed,
+        fingerprint=fingerprint(home), facts={key: str(value) for key, value in {**facts, "prompt": settings.prompt}.items()}, seed=settings.seed,
     )  # fmt: skip
     made.save(at.folder)
     # A hub's cache and an installed package are not ours to write to.

@@ -709,6 +709,9 @@ def test_the_default_position_has_to_be_on_the_dial(valve: Valve) -> None:
 
     with pytest.raises(SettingError, match="between 0 and 1"):
         Dial.of(valve, ServeSettings(alpha=1.5), streams=True)
+    served = Dial.of(valve, ServeSettings(), streams=True)
+    assert "prompt" not in served.sentence()
+    assert "with the prompt 'boxed', where the server adds no words" in replace(served, calibration=replace(calibration(), facts={"prompt": "boxed"})).sentence()
     # Where the calibration found degenerate chains the curve ends, and so does what is served unasked.
     known = calibration()
     last = known.positions[-1]

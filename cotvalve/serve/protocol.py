@@ -237,9 +237,11 @@ class Dial:
         if self.calibration is None:
             return f"alpha {self.low:g} to {self.high:g}; not calibrated, so requests cannot say tokens or shorter"
         reach, safe = self.calibration.reach, self.calibration.safe
+        asked = self.calibration.facts.get("prompt", "plain")
+        apart = "" if asked == "plain" else f"; with the prompt '{asked}', where the server adds no words: for its own lengths calibrate with --prompt plain"
         return (
             f"alpha {self.low:g} to {self.high:g}, {reach.high:.0f} to {reach.low:.0f} tokens, safe from {safe.low:g} to {safe.high:g} "
-            f"(measured on {self.calibration.chosen_on})"
+            f"(measured on {self.calibration.chosen_on}{apart})"
         )
 
 
