@@ -38,8 +38,18 @@ AT_ONCE = 1 << 22
 """Values that a process converts in one go."""
 
 
-def convert(source: Path, folder: Path, processes: int | None = None) -> Path:
-    """Writes config, tokenizer and weights into `folder`; returns it.
+def convert(source: Path, folder: Path) -> Path:
+    """Writes weights, config and tokenizer into `folder`; returns it. Raises DataError as `weights` does."""
+    weights(source, folder)
+    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+    config.tie_word_embeddings = True
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    return folder
+
+
+def weights(source: Path, folder: Path, processes: int | None = None) -> Path:
+    """Writes `model.safetensors` into `folder`, in as many processes as there are processors; returns its path.
 
     Raises DataError for a file of another architecture, or one without the second copy of the table.
     """
@@ -75,11 +85,7 @@ def convert(source: Path, folder: Path, processes: int | None = None) -> Path:
     # Forked processes have the mapped file as it is here, and nothing is sent to them but where to look.
     with ProcessPoolExecutor(processes or os.cpu_count(), get_context("fork"), _hold, (of, path)) as pool:
         list(pool.map(_write, parts, chunksize=4))
-    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    config.tie_word_embeddings = True
-    config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
-    return folder
+    return path
 
 
 Part = tuple[str, int, int, int]
