@@ -8,8 +8,9 @@ run folder the moment it ends; a killed run goes on with the same chains it woul
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from cotvalve.engines import Engine
 
 
+BEHIND = 512
+"""Chains that may wait for their grade, which a killed process loses."""
 TABLE = "mix.md"
 """What a run folder of `mix` shows of itself."""
 
@@ -150,10 +153,21 @@ def sample_rows(run: Run, engine: "Engine", asked: Mapping[str, Asked], progress
                 of[key] = by_id[request.id.rsplit("|", 2)[0]]
     if todo:
         run.note(engine.facts())
-    for number, completion in enumerate(engine.generate(todo, progress)):
-        if not number:
-            run.note(engine.facts())  # what is known only once it runs
-        run.rows.add(completion.id, row(of[completion.id], completion, int(completion.id.rpartition("|")[2])))
+    # Grades are found beside the sampling: comparing formulas takes milliseconds each, in which a card would stand still.
+    graded = deque[tuple[str, Future[Json]]]()
+    with ThreadPoolExecutor(1) as grader:
+        try:
+            for number, completion in enumerate(engine.generate(todo, progress)):
+                if not number:
+                    run.note(engine.facts())  # what is known only once it runs
+                sample = int(completion.id.rpartition("|")[2])
+                graded.append((completion.id, grader.submit(row, of[completion.id], completion, sample)))
+                while graded and (graded[0][1].done() or len(graded) > BEHIND):
+                    key, found = graded.popleft()
+                    run.rows.add(key, found.result())
+        finally:
+            for key, found in graded:  # what has ended is kept, also where the sampling was stopped
+                run.rows.add(key, found.result())
     return {prefix: run.rows.rows(prefix) for prefix in asked}
 
 

@@ -3,7 +3,8 @@
 import json
 import signal
 import sqlite3
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from cotvalve.mixchain import (
     short_chains,
 )
 from cotvalve.problems import arithmetic
-from cotvalve.records import Json, read_json
-from cotvalve.types import Chain, Completion, MixChain, Problem
+from cotvalve.records import Json, Run, read_json
+from cotvalve.types import Chain, Completion, Grade, MixChain, Problem, Request
 from tests import models
 from tests.test_records import small_disk
 
@@ -299,6 +300,54 @@ def test_human_solutions_are_one_chain_each_in_the_models_words() -> None:
     assert thought.chains[0].text == "<think>\nit is 0\n</think>\n\nThe answer is \\boxed{0}."
     with pytest.raises(DataError, match="p9: has no human-written solution"):
         short_chains([Problem("p9", "?", "1")], models.tokenizer(), thinking=False)
+
+
+class Slowly:
+    """An engine that counts what it has given, and stops after `last`."""
+
+    def __init__(self, last: int = 99) -> None:
+        self.given, self.last, self.third = 0, last, threading.Event()
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def generate(self, requests: Iterable[Request], _progress: object = None) -> Iterator[Completion]:
+        for request in requests:
+            if self.given == self.last:
+                raise KeyboardInterrupt
+            self.given += 1
+            if self.given == 3:
+                self.third.set()
+            yield Completion(request.id, request.alpha, f"It is \\boxed{{{request.id[1]}}}.", 9, "stop")
+
+
+def asked(count: int) -> tuple[list[Problem], list[Request]]:
+    some = [Problem(f"p{i}", "?", str(i)) for i in range(count)]
+    return some, [Request(f"{p.id}|1|0", p.question, 1.0, 9) for p in some]
+
+
+def test_the_engine_goes_on_while_a_chain_is_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first grade takes until the third chain has come: in the engine's own thread it would take for ever."""
+    engine, found = Slowly(), mixchain.grade
+
+    def late(problem: Problem, text: str, **how: bool) -> Grade:
+        assert engine.third.wait(20)
+        return found(problem, text, **how)
+
+    monkeypatch.setattr(mixchain, "grade", late)
+    with Run(tmp_path / "run", "mix", {}) as run:
+        rows = mixchain.sample_rows(run, engine, {"": asked(5)})[""]  # pyright: ignore[reportArgumentType]
+    assert [(row["problem"], row["correct"]) for row in rows] == [(f"p{i}", True) for i in range(5)]
+
+
+def test_what_has_ended_is_kept_where_sampling_is_stopped(tmp_path: Path) -> None:
+    with Run(tmp_path / "run", "mix", {}) as run:
+        with pytest.raises(KeyboardInterrupt):
+            mixchain.sample_rows(run, Slowly(last=3), {"": asked(5)})  # pyright: ignore[reportArgumentType]
+        assert sorted(run.rows.keys()) == ["p0|1|0", "p1|1|0", "p2|1|0"]
+        engine = Slowly()
+        assert len(mixchain.sample_rows(run, engine, {"": asked(5)})[""]) == 5  # pyright: ignore[reportArgumentType]
+        assert engine.given == 2
 
 
 # Runs that are killed, and disks that are full
