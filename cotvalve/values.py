@@ -56,6 +56,7 @@ _CLEANING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
         (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ)|\\degrees?(?![a-zA-Z])|°", " "),
         (r"(?<=\d)\^?\{?(?:th|st|nd|rd)\}?(?![a-zA-Z])", ""),
+        (r"(?<=\d)\s{0,3}([ap])\.\s?m\b\.?", r" \1m"),
         (r"\\?[$€£]|\\[,;:!()\[\] ]|\\quad|\\q?quad", " "),
         (r"\\%", "%"),
         (r"^\s{0,9}-\s{1,9}(?=[\d.\\])", "-"),
