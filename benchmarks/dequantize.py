@@ -5,8 +5,8 @@
 
 llama.cpp stores the table of a small Qwen2.5 twice: coarsely for the input, finely for the output. The original has one
 table, so the finer copy becomes both; loading the GGUF file itself leaves two, which is another model with another
-fingerprint. Every value is gguf's own dequantization, rounded to bf16: what transformers makes of the file, in a third of
-its time, since tensors are converted side by side.
+fingerprint. Every value is gguf's own dequantization, rounded to bf16, which is what transformers makes of the file; tensors
+are converted side by side, in as many processes as there are processors.
 """
 
 import argparse

@@ -167,9 +167,9 @@ class ValveTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
         """Loss and gradients of an optimizer step. EngineError when not even one row fits the memory."""
         model.train()
-        return self._fitting(inputs["step"].rows, lambda parts: self._learn(model, parts))
+        return self._in_portions(inputs["step"].rows, lambda parts: self._learn(model, parts))
 
-    def _fitting(self, rows: Sequence[Json], work: Callable[[Sequence[Sequence[Json]]], Found]) -> Found:
+    def _in_portions(self, rows: Sequence[Json], work: Callable[[Sequence[Sequence[Json]]], Found]) -> Found:
         """What `work` makes of the rows in portions, from the first one again with smaller ones where memory ran out."""
         while True:
             parts = portions(rows, self.at_once.tokens, self.at_once.rows, flat=self.at_once.flat)
@@ -197,7 +197,7 @@ class ValveTrainer(Trainer):
         """Gives each row `before`: the log p of its learned tokens now, before the first step."""
         assert self.model is not None
         self.model.train()
-        self._fitting(rows, self._likelihoods)
+        self._in_portions(rows, self._likelihoods)
 
     def _likelihoods(self, parts: Sequence[Sequence[Json]]) -> None:
         model: Any = self.model

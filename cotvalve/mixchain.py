@@ -7,7 +7,6 @@ run folder the moment it ends; a killed run goes on with the same chains it woul
     cotvalve mix --model BASE --direction D --data gsm8k --out mix
 """
 
-import hashlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from cotvalve.chains import check_own as check_own
 from cotvalve.chains import is_mixchain as is_mixchain
 from cotvalve.chains import judged as judged
 from cotvalve.chains import load as load
-from cotvalve.engines import pick
+from cotvalve.engines import own_seed, pick
 from cotvalve.errors import SettingError
 from cotvalve.grading import grade
 from cotvalve.problems import fingerprint, training
@@ -123,10 +122,7 @@ def requests_for(
             for sample in range(how.samples):
                 key = f"{problem.id}|{alpha:g}|{sample}"
                 drawn = f"{problem.id}|{sample}" if paired else key
-                digest = hashlib.blake2b(f"{how.seed}|{drawn}".encode(), digest_size=8).digest()
-                yield Request(
-                    key, text, alpha, how.max_new_tokens, how.temperature, how.top_p, int.from_bytes(digest, "big") >> 1
-                )
+                yield Request(key, text, alpha, how.max_new_tokens, how.temperature, how.top_p, own_seed(how.seed, drawn))
 
 
 Asked = tuple[Sequence[Problem], Iterable[Request]]

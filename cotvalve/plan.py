@@ -16,14 +16,13 @@ from typing import Any
 
 from cotvalve import costs, problems
 from cotvalve.architectures import Architecture, architecture
-from cotvalve.baselines import baselines
 from cotvalve.costs import CARDS, GIB, Range
 from cotvalve.errors import SettingError, unknown
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import Recipe, Step
 from cotvalve.records import read_json
 from cotvalve.rounds import RewardSettings, parts
-from cotvalve.sweep import SweepSettings, named_directions
+from cotvalve.sweep import SweepSettings, baselines_of, named_directions
 from cotvalve.train import TrainSettings
 from cotvalve.verbs import ExtractSettings, FuseSettings
 
@@ -254,8 +253,7 @@ def _mix(plan: _Plan, step: Step, settings: MixSettings) -> Line:
 def _sweep(plan: _Plan, step: Step, settings: SweepSettings) -> Line:
     directions = named_directions(settings.direction)
     dialled = len([alpha for alpha in settings.alphas if alpha != 0]) * len(directions)
-    budgets = [int(part) for part in settings.budgets.split(",") if part.strip()]
-    others = len(baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets))
+    others = len(baselines_of(settings))
     count, tokens, said = 0.0, NONE, list[str]()
     for name in (part.strip() for part in settings.data.split(",") if part.strip()):
         size = min(_size(plan, name, settings.split), settings.limit or math.inf)

@@ -74,8 +74,7 @@ def redo(folder: Path) -> Path:
     if (folder / "rows.sqlite").exists():
         with closing(RowStore(folder / "rows.sqlite")) as store:
             # Short chains end first: a table of those that are there would flatter.
-            positions = 1 + len(_baselines(settings)) + len(named_directions(settings.direction)) * sum(alpha != 0 for alpha in settings.alphas)
-            wanted = positions * settings.samples * sum(map(len, sets.values()))
+            wanted = _chains(settings, sets)
             if len(store) < wanted:
                 raise DataError(f"{folder}: {len(store):,} of {wanted:,} chains are there; give the sweep's command again to finish it")
             for name, system in sorted({tuple(key.split("|", 2)[:2]) for key in store.keys()}):  # noqa: SIM118
@@ -93,7 +92,14 @@ def redo(folder: Path) -> Path:
     return finish(folder, found["facts"], shown, sets, settings)
 
 
-def _baselines(settings: SweepSettings) -> list[Baseline]:
+def _chains(settings: SweepSettings, sets: dict[str, list[Problem]]) -> int:
+    """How many a finished sweep has: the plain model, each baseline, and each direction at each alpha but 0."""
+    positions = 1 + len(baselines_of(settings)) + len(named_directions(settings.direction)) * sum(alpha != 0 for alpha in settings.alphas)
+    return positions * settings.samples * sum(map(len, sets.values()))
+
+
+def baselines_of(settings: SweepSettings) -> list[Baseline]:
+    """The prompt baselines that the settings name, a budget prompt once for each budget."""
     budgets = [_whole(part) for part in settings.budgets.split(",") if part.strip()]
     return baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
 
@@ -101,7 +107,7 @@ def _baselines(settings: SweepSettings) -> list[Baseline]:
 def run(settings: SweepSettings, progress: Progress = silent) -> Path:
     """Samples what is missing, writes the tables and the report; returns the report's path."""
     directions = named_directions(settings.direction)
-    others = _baselines(settings)
+    others = baselines_of(settings)
     sets = problems_of(settings)
     valve = settings.load_valve()
     billions, plain_facts = valve.billions(), valve.facts()
@@ -127,8 +133,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         rows: dict[tuple[str, str], list[Json]] = {}
         wanted = [0.0]  # also where no alpha 0 was asked for: everything is compared with the plain model
         turned = [alpha for alpha in settings.alphas if alpha != 0]
-        chains = sum(map(len, sets.values())) * settings.samples * (len(wanted) + len(others) + len(directions) * len(turned))
-        work = (chains - len(at.rows)) * settings.max_new_tokens
+        work = (_chains(settings, sets) - len(at.rows)) * settings.max_new_tokens
         # The first direction is on the model from the start: at alpha 0 it is the plain model, and vLLM starts once.
         if where := next(iter(directions.values()), None):
             valve.turn_to(load_direction(where, valve.model))

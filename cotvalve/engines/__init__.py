@@ -89,9 +89,9 @@ def _copied(engine: Engine, valve: "Valve", batch: int | None, gpus: int) -> Eng
     return Replicas(valve, engine, others[: gpus - 1], batch)
 
 
-def own_seed(seed: int, number: int) -> int:
-    """The seed of one chain of many: chains of the next seed are others, not these moved by one."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}|{number}".encode(), digest_size=8).digest(), "big") >> 1
+def own_seed(seed: int, name: object) -> int:
+    """The seed of one chain of many, by what it is called: chains of the next seed are others, not these moved by one."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 def ask(
