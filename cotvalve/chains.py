@@ -82,8 +82,8 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
 def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[Problem, list[Judged]]], Json]:
     """Every chain that a finished run of `mix` sampled, right or not, by question; and what its run.json says.
 
-    Chains of a run without a direction are those of a direction that is still zero, at alpha 1. Raises DataError for
-    anything but such a folder.
+    A truncated chain is not right, whatever it says. Chains of a run without a direction are those of a direction that is
+    still zero, at alpha 1. Raises DataError for anything but such a folder.
     """
     path = Path(folder)
     if not _own(path) or not (path / "mix.json").exists():
@@ -99,7 +99,8 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
                 raise DataError(f"{folder}: has chains of '{row['problem']}', which is not among the questions of {how['data']} now; put the data back as it was")
             if row["finish"] != "error":
                 chain = Chain(row["text"], row["tokens"], row["alpha"] if how["direction"] else 1.0)
-                found[row["problem"]].append(Judged(chain, row["correct"], row["finish"] == "length"))
+                cut = row["finish"] == "length"  # grading takes an answer that stood before the cut
+                found[row["problem"]].append(Judged(chain, row["correct"] and not cut, cut))
     return [(known[name], chains) for name, chains in found.items()], made
 
 

@@ -110,6 +110,7 @@ class Judged:
 
     chain: Chain
     right: bool
+    """Never of a truncated one."""
     truncated: bool = False
 
 

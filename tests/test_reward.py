@@ -1,6 +1,9 @@
 """Learning by reward: what chains are worth, weights in the loss, and what a step does to right and wrong chains."""
 
+import json
 import math
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,6 +353,16 @@ def test_a_run_that_unlearns_truncated_chains_learns_from_more_of_them(tmp_path:
     assert counts[0]["examples"] < counts[1]["examples"]
     assert all(count["examples"] + count["skipped_chains"] == 48 for count in counts)
     assert counts[0]["skipped_chains"] >= cut
+
+
+def test_a_truncated_chain_is_not_right_whatever_stood_before_the_cut(tmp_path: Path) -> None:
+    """One that gave its answer and ran on into the limit earned as a long right chain does, and the others' brevity was measured against it."""
+    data = sampled(tmp_path / "mix")
+    with closing(sqlite3.connect(data / "rows.sqlite")) as db, db:
+        (key, row), *_ = ((key, json.loads(value)) for key, value in db.execute("SELECT key, value FROM rows") if json.loads(value)["correct"])
+        db.execute("UPDATE rows SET value = ? WHERE key = ?", (json.dumps({**row, "finish": "length"}), key))
+    (chain,) = [one for _, chains in judged(data)[0] for one in chains if one.truncated and one.chain.text == row["text"]]
+    assert not chain.right
 
 
 def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) -> None:
