@@ -129,6 +129,31 @@ def test_labels_are_the_chain_and_its_end_and_nothing_of_the_prompt() -> None:
     assert row["alpha"] == 0.5
 
 
+def test_a_question_is_rendered_once_and_all_texts_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, 12,800 chains of 800 questions took 5 s of a round, in which the GPU stood still."""
+
+    class Counted:
+        def __init__(self) -> None:
+            self.calls, self.own = 0, models.tokenizer()
+
+        def __call__(self, texts: list[str], **how: object) -> object:
+            self.calls += 1
+            return self.own(texts, **how)  # pyright: ignore[reportArgumentType]
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.own, name)
+
+    asked: list[str] = []
+    monkeypatch.setattr("cotvalve.batches.render", lambda tokenizer, question, how: asked.append(question) or render(tokenizer, question, how))
+    tokenizer, many = Counted(), stage(alpha=[0.1 * i for i in range(8)], question="q?")
+    found, too_long = encode(many, tokenizer, "plain", 45)  # pyright: ignore[reportArgumentType]
+    assert asked == ["q?"]
+    assert tokenizer.calls == 2
+    apart = [encode(Stage("s", (example,)), models.tokenizer(), "plain", 4096)[0][0] for example in many.examples]
+    assert found == [row for row in apart if len(row["input_ids"]) <= 45]
+    assert too_long == len(apart) - len(found) == 1
+
+
 def test_the_loss_is_the_chain_s_own_cross_entropy() -> None:
     """Token k of the chain is predicted at the position before it; counted by hand from the logits."""
     valve, encoded = turned(), rows(stage(alpha=[0.0, 0.3, 1.0, 0.7, 1.0, 2.0, 0.5, -1.0]))
