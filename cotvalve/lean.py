@@ -29,6 +29,8 @@ from cotvalve.valve import ADAPTER, Valve
 
 FLAT = "cotvalve_flat"
 """Our attention among transformers' implementations: rows one behind the other, told apart by where they start."""
+MASKED = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers, as configs name them, that see what a mask lets them see."""
 
 
 class Position:
@@ -188,6 +190,13 @@ def _attention(model: PreTrainedModel) -> str:
     return config._attn_implementation
 
 
+def tells_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether rows one behind the other can be told apart: by masks, as in attention. A convolution, linear attention or Mamba
+    carries a state from token to token, and would from one row into the next."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    return not model._is_stateful and kinds <= MASKED  # pyright: ignore[reportPrivateUsage]
+
+
 def can_lie_flat(model: PreTrainedModel) -> bool:
     """Whether this model's attention can be given rows one behind the other: 16 bits on a GPU, plain causal attention."""
     config: Any = model.config.get_text_config()
@@ -199,6 +208,7 @@ def can_lie_flat(model: PreTrainedModel) -> bool:
         and _attention(model) == "sdpa"
         and model._supports_attention_backend  # pyright: ignore[reportPrivateUsage]
         and window is None
+        and tells_rows_apart(model)
         and not any(getattr(config, name, None) for name in other)
         and not getattr(config, "attention_dropout", 0.0)
         and torch.cuda.get_device_capability(model.device) >= (8, 0)

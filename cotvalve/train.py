@@ -25,7 +25,7 @@ from cotvalve.batches import IGNORED, encode, pack
 from cotvalve.direction import Card
 from cotvalve.errors import DataError, SettingError
 from cotvalve.fitting import UNDECIDED, FitSettings, say_ignored
-from cotvalve.lean import Position, can_lie_flat, lean
+from cotvalve.lean import Position, can_lie_flat, lean, tells_rows_apart
 from cotvalve.learner import AtOnce, SkipBadSteps, ValveTrainer, save_learned
 from cotvalve.problems import subset, training
 from cotvalve.prompts import PROMPTS, thinks
@@ -60,6 +60,8 @@ def fit(
     """
     if any(example.alpha != 1 for stage in stages for example in stage.examples) and not valve.rows:
         raise SettingError("chains at other alphas than 1 need a LoRA direction (not full fine-tuning or DoRA); use the recipe valve or progressive")
+    if settings.packing and not tells_rows_apart(valve.model):
+        raise SettingError(f"packing needs attention in every layer; {type(valve.model).__name__} has layers that would read the row before: leave it out")
     device = valve.model.device
     dtype = valve.model.dtype
     learned = [p for name, p in valve.model.named_parameters() if settings.full or ".lora_" in name]

@@ -4,21 +4,28 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from cotvalve import Valve
 from cotvalve import lean as module
 from cotvalve.batches import IGNORED, collate, collate_flat, encode, pack, portions
 from cotvalve.direction import Card, Direction
+from cotvalve.errors import SettingError
+from cotvalve.fitting import FitSettings
 from cotvalve.headloss import compiled, loss_and_slope
-from cotvalve.lean import LeanLinear, Position, can_lie_flat, lean
+from cotvalve.lean import LeanLinear, Position, can_lie_flat, lean, tells_rows_apart
 from cotvalve.learner import Learner
 from cotvalve.recipes import Example, Stage
 from cotvalve.records import Json
+from cotvalve.train import fit
 from cotvalve.types import Chain, Problem
 from cotvalve.valve import ADAPTER
 from tests import models
@@ -195,6 +202,45 @@ def test_flat_rows_are_the_rows(make: Callable[..., models.PreTrainedModel], mon
 def test_flat_rows_need_a_gpu() -> None:
     assert not can_lie_flat(models.llama())
     assert not can_lie_flat(models.llama(dtype=torch.bfloat16))
+
+
+def convolving() -> models.PreTrainedModel:
+    """An LFM2: convolutions between its layers of attention."""
+    config = Lfm2Config(
+        vocab_size=models.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    return models.moved(Lfm2ForCausalLM(config), by=0.2)
+
+
+def test_rows_of_layers_that_carry_a_state_are_not_put_one_behind_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A convolution read the end of the row before, on a GPU without anybody having asked for packing."""
+    valve = Valve(convolving(), models.tokenizer())
+
+    def loss(encoded: list[Json]) -> float:
+        batch = collate(encoded)
+        batch.pop("alpha")
+        with torch.no_grad():
+            return float(Learner(valve)(**batch, divisor=1.0))
+
+    assert loss(rows()) == pytest.approx(sum(loss([row]) for row in rows()), rel=1e-6)
+    assert loss(pack(rows(), 4096)) != pytest.approx(loss(rows()), rel=1e-5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def on_a_gpu(model: models.PreTrainedModel) -> Any:
+        here = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
+        return SimpleNamespace(config=model.config, _supports_attention_backend=True, _is_stateful=model._is_stateful, **here)  # pyright: ignore[reportPrivateUsage]
+
+    plain = models.llama(), models.qwen2()
+    assert all(tells_rows_apart(model) and can_lie_flat(on_a_gpu(model)) for model in plain)
+    assert not tells_rows_apart(valve.model)
+    assert not can_lie_flat(on_a_gpu(valve.model))
+    stateful = on_a_gpu(plain[0])
+    stateful._is_stateful = True
+    assert not can_lie_flat(stateful)
+    stage = Stage("s", (Example(Problem("0", "q?", "1"), Chain("2", 1), 1.0),))
+    with pytest.raises(SettingError, match="packing needs attention in every layer; Lfm2ForCausalLM"):
+        fit(valve, [stage], FitSettings(packing=True), tmp_path, CARD)
 
 
 # Portions of a step
