@@ -934,6 +934,41 @@ def test_our_attention_is_taken_where_it_is_right_and_faster(monkeypatch: pytest
     assert not [*attend.faster_attention(model)]
 
 
+def test_tiles_that_the_card_has_no_room_for_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile too wide for a direction of rank 256 raised, and all kernels that were still to be tried were left out."""
+
+    class TooLarge(Exception):
+        pass
+
+    def refused(*_: object) -> Tensor:
+        raise TooLarge
+
+    monkeypatch.setattr(kernels, "_refusals", lambda: (TooLarge,))
+    assert kernels.seconds(refused) == math.inf
+    assert TooLarge in kernels.failures()
+    with pytest.raises(ZeroDivisionError):
+        kernels.seconds(lambda: 1 // 0)
+    model = models.llama()
+    monkeypatch.setattr(slots, "reads_rows", lambda _: True)
+    monkeypatch.setattr(slots, "read_rows", by_rows)
+    monkeypatch.setattr(attend, "LOADS", ((2, 16), (9, 8)))
+
+    def ours(tile: attend.Tile, *given: Any) -> Tensor:
+        return refused() if tile.keys > 32 else by_rows(*given)
+
+    def seconds(work: Any) -> float:
+        try:
+            work()
+        except TooLarge:
+            return math.inf
+        return 1.0 if isinstance(work.args[0], attend.Tile) else 2.0
+
+    monkeypatch.setattr(attend, "attended", ours)
+    monkeypatch.setattr(kernels, "seconds", seconds)
+    ((_, _, best),) = attend.faster_attention(model)
+    assert [load.args[0].keys for load in best.args] == [32, 32]
+
+
 @on_card
 @pytest.mark.parametrize(("ranks", "alphas"), [((4, 4, 4), 37), ((3, 8, 5), 1), ((8, 8, 8), 37), (None, 0)])
 @pytest.mark.parametrize(("dim", "heads", "others"), [(64, 3, 1), (24, 2, 2), (128, 5, 1)])

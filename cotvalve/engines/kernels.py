@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -41,8 +42,14 @@ def turns(alpha: Tensor | None, like: Tensor, rows: int) -> tuple[Tensor, int, b
 
 
 def seconds(work: Callable[[], object], times: int = 8) -> float:
-    """Of one call of `work`, as a graph replays it: without what the processor takes to start kernels. The best of five."""
-    work()  # compiles
+    """Of one call of `work`, as a graph replays it: without what the processor takes to start kernels. The best of five.
+
+    Infinite for tiles that the card has no room for: a wide one may hold a direction of rank 16 and not one of rank 256.
+    """
+    try:
+        work()  # compiles
+    except _refusals():
+        return math.inf
     graph, found = torch.cuda.CUDAGraph(), list[float]()
     with torch.cuda.graph(graph):
         for _ in range(times):
@@ -105,9 +112,13 @@ def aside(device: torch.device | None) -> Beside:
 
 def failures() -> tuple[type[Exception], ...]:
     """What a compiler of kernels raises on a machine it does not know."""
-    known: tuple[type[Exception], ...] = (RuntimeError, OSError, SubprocessError)
+    return (RuntimeError, OSError, SubprocessError, *_refusals())
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What it raises of a kernel that the machine cannot hold."""
     if find_spec("triton") is None:
-        return known
+        return ()
     from triton.errors import TritonError  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
 
-    return (*known, TritonError)
+    return (TritonError,)

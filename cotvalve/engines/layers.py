@@ -5,6 +5,7 @@ Only for layers that prove to be that formula, and are faster so, on NVIDIA card
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -243,7 +244,8 @@ def _fastest(one: Layer, model: PreTrainedModel, joining: bool) -> Layer | None:
 
     best = min((replace(one, tile=tile) for tile in TILES), key=seconds)
     best = min((replace(best, ahead=ahead) for ahead in ((False, True) if one.dial else (False,))), key=seconds)
-    least = seconds(best)
+    if (least := seconds(best)) == math.inf:
+        return None
     for place, name in enumerate(Joins._fields if joining else ()):
         if (joined := join(_group(one, place), one.dial)) is not None:
             other = replace(best, joins=best.joins._replace(**{name: joined}), ahead=best.ahead and name != "down")
