@@ -5,6 +5,7 @@ the command line, its comment in a recipe and its entry in the docs. Checks are 
 environment, no exit.
 """
 
+import gc
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -112,6 +113,9 @@ class ModelSettings(Settings):
         """The model, with `direction` on it when one is given."""
         from cotvalve.valve import Valve
 
+        # Hooks and their layers hold on to one another: what the round or the step before has loaded would fill the memory
+        # beside this one until the collector happens to come by.
+        gc.collect()
         valve = Valve.load(
             self.model, direction, dtype=self.dtype, device=self.device, gguf_file=self.gguf_file,
             trust_remote_code=self.trust_remote_code, quantize_4bit=self.quantize_4bit, chat_template=self.chat_template,

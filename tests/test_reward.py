@@ -1,8 +1,10 @@
 """Learning by reward: what chains are worth, weights in the loss, and what a step does to right and wrong chains."""
 
+import gc
 import json
 import math
 import sqlite3
+import weakref
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -469,6 +471,29 @@ def test_rounds_that_were_stopped_go_on_to_the_same_direction(whole: tuple[Path,
     texts = [[(one.chain.text, one.right) for _, chains in judged(home / "round-2" / "mix")[0] for one in chains] for home in homes]
     assert texts[0] == texts[1]
     assert len({Direction.load(home).sha256() for home in homes}) == 1
+
+
+def test_the_model_of_the_part_before_is_gone_when_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round loads its model twice; up to two earlier ones lay in a GPU's memory beside it, until the collector happened to come by."""
+    settings = MixSettings(model="tiny-reasoner", dtype="float32", device="cpu")
+    load, alive = Valve.load, list[bool]()
+
+    def loads(*args: object, **named: object) -> Valve:
+        alive.append(any(weight() is not None for weight in weights))
+        return load(*args, **named)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Valve, "load", loads)
+    weights: list[weakref.ref[Tensor]] = []
+    gc.disable()
+    try:
+        for _ in range(2):
+            dial = settings.load_valve("tiny-valve").dial
+            assert dial is not None
+            weights += [weakref.ref(layer.base_layer.weight) for layer in dial.layers.values()]
+            del dial
+    finally:
+        gc.enable()
+    assert alive == [False, False]
 
 
 def test_what_a_round_would_refuse_is_refused_before_the_first() -> None:
