@@ -33,6 +33,10 @@ from cotvalve.valve import Valve
 
 Found = TypeVar("Found")
 
+HALF_SCALE = 1024.0
+"""What a loss is multiplied by on its way back through layers in fp16, and its gradients divided by in fp32: fp16 ends at 6e-8, and a
+token's part of a step of 20,000 tokens would be lost below it. Less than those tokens, so that sums over them stay far from 65,504."""
+
 
 class Learner(nn.Module):
     """The model as the Trainer sees it: token ids and alphas in, loss out."""
@@ -218,14 +222,17 @@ class ValveTrainer(Trainer):
     def _learn(self, model: nn.Module, parts: Sequence[Sequence[Json]]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         tokens = sum(_learned(row) for rows in parts for row in rows)
+        scale = HALF_SCALE if self.valve.model.dtype == torch.float16 else 1.0
         for rows in parts:
             batch, alpha = self._batch(rows)
             # Around the backward pass too: gradient checkpointing runs the forward again inside it.
             with self.position.at(alpha):
                 with self.compute_loss_context_manager():
                     loss = model(**batch, divisor=tokens)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * scale)
             total += loss.detach()
+        if scale != 1:
+            torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], scale)  # pyright: ignore[reportPrivateUsage]
         return total
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
