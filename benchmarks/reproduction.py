@@ -225,8 +225,8 @@ def lines_table(lines: Sequence[Line], against: str) -> str:
     return table(columns, lines, words=2)
 
 
-def systems_tables(here: Measured, held: Measured | None, dataset: str, against: str, loss: float, draws: int) -> list[str]:
-    """The main table (as trained, and as chosen on held-out questions) and the shortest reachable (Table 8)."""
+def systems_tables(here: Measured, held: Measured | None, dataset: str, against: str, loss: float, draws: int, at: Sequence[float] = ()) -> list[str]:
+    """The main table (as trained, as chosen on held-out questions, and at the alphas `at`) and the shortest reachable (Table 8)."""
     main = [line("", PLAIN, None, here, dataset, draws, against)]
     shortest: list[Line] = []
     prompts: list[tuple[float, Line]] = []
@@ -244,6 +244,8 @@ def systems_tables(here: Measured, held: Measured | None, dataset: str, against:
             labels.setdefault(alpha, []).append(rule)
         if not chosen and dial:  # no held-out question chose: the far end is a position that no result has chosen either
             labels.setdefault(max(alpha or 0.0 for alpha in dial), []).append("end of the dial")
+        for alpha in at:
+            labels.setdefault(alpha, ["not chosen"])
         made = [line(", ".join(rules), system, alpha, here, dataset, draws, against) for alpha, rules in labels.items() if alpha in dial]
         main += made
         shortest += [replace(each, label="shortest") for each in made if each.point.alpha == chosen.get("shortest")]
@@ -345,7 +347,7 @@ def equal_length(a: Dial, b: Dial, draws: int) -> Gap:
     return Gap(estimate, interval(np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])]), estimate), len(used), len(sides) - known)
 
 
-def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "") -> str:
+def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "", at: Sequence[float] = ()) -> str:
     """All tables, or those named, as Markdown."""
     found = read(folders, subset)
     names = list(dict.fromkeys(name for name, _, _ in found))
@@ -373,7 +375,7 @@ def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: f
             for where, chosen in held:
                 count = len({row["problem"] for rows in chosen.systems[PLAIN][None].values() for row in rows})
                 parts.append(f"Positions were chosen on {count:,} held-out training questions of {where}, over all seeds together.")
-            parts += systems_tables(here, held[0][1] if held else None, dataset, against, loss, draws)
+            parts += systems_tables(here, held[0][1] if held else None, dataset, against, loss, draws, at)
             parts += dial_tables(here, dataset, against, draws)
     return "\n\n".join(parts) + "\n"
 
@@ -437,6 +439,7 @@ def main() -> None:
     parser.add_argument("--against", default=PLAIN, help="the system that all are compared with: at its alpha 1, and along its dial")
     parser.add_argument("--subset", default="", help="only the questions of this part of a test set: numeric, of asdiv")
     parser.add_argument("--loss", type=float, default=1.0, help="points of held-out accuracy that 'no loss' may cost")
+    parser.add_argument("--at", type=float, nargs="+", default=[], help="further alphas for the main tables, marked as not chosen")
     parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
     parser.add_argument("--figures", type=Path, help="a folder for the figures")
     parser.add_argument("--curve", action="append", default=[], help="LABEL=TABLE:SYSTEM, a dial in one figure with the other --curve ones, in place of the tables")
@@ -453,7 +456,7 @@ def main() -> None:
         if given.figures:
             for path in draw(given.folders, given.table, given.draws, given.figures):
                 print(path, file=sys.stderr)
-        print(document(given.folders, given.table, given.against, given.loss, given.draws, given.subset))
+        print(document(given.folders, given.table, given.against, given.loss, given.draws, given.subset, given.at))
     except CotvalveError as error:
         raise SystemExit(f"reproduction: {error}") from None
 

@@ -1,4 +1,4 @@
-"""benchmarks/agreement.py, hardness.py, losses.py and the table of sampling.py on rows made by hand."""
+"""benchmarks/agreement.py, halves.py, hardness.py, losses.py and the table of sampling.py on rows made by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import agreement, hardness, losses, sampling
+from benchmarks import agreement, halves, hardness, losses, sampling
 from cotvalve import problems
 from cotvalve.baselines import PLAIN
-from cotvalve.errors import DataError
+from cotvalve.errors import DataError, SettingError
 from cotvalve.figures import DASH, MINUS
 from cotvalve.records import read_parquet, write_json, write_parquet
 
@@ -102,6 +102,43 @@ def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, mo
         hardness.tables([tmp_path / "0"], "other", ["V"], [1.0], 99, None)
     with pytest.raises(DataError, match="without human solutions"):
         hardness.thirds([replace(one, solution="") for one in nine])
+
+
+def test_a_half_is_told_at_what_the_other_half_chose(tmp_path: Path) -> None:
+    """V at alpha 1 has half the tokens and is wrong on one half, which therefore stays at 0; the other half turns it up, and is told so on the first."""
+    names = [f"asdiv/{i}" for i in range(8)]
+    _, kept = halves.halves(set(names), 0)
+    step = tmp_path / "0" / "main-asdiv"
+    step.mkdir(parents=True)
+    rows: list[dict[str, Any]] = [
+        {
+            "dataset": "asdiv", "system": system, "problem": name, "alpha": alpha, "sample": 0, "tokens": 100 - int(50 * alpha), "reasoning_tokens": 0,
+            "prompt_tokens": 9, "finish": "stop", "correct": alpha == 0 or name in kept, "predicted": "1", "reason": "", "subset": "", "text": "",
+        }
+        for system, alpha in ((PLAIN, 0.0), ("V", 0.0), ("V", 1.0)) for name in names
+    ]  # fmt: skip
+    write_parquet(step / "rows.parquet", rows)
+    write_json(step / "run.json", {"verb": "sweep", "settings": {"split": "test", "model": "m"}, "facts": {"billions": "1"}})
+
+    def told(splits: int) -> list[list[str]]:
+        return [line.split(" | ") for line in halves.tables([tmp_path / "0"], "asdiv", [], 1.0, 99, splits).splitlines() if line.startswith(("| main: V", "| any"))]
+
+    for line in told(1):
+        assert {place.split()[-3] for place in line[1].split("; ")} == {"0", "1"}
+        # All of `kept` at alpha 0, none of the others at alpha 1; 75 tokens of 100.
+        assert (line[3].split()[0], line[4].split()[0], line[6].split()[0], line[7].split()[0]) == ("50.0", "75.0", f"{MINUS}50.0", "1.33")
+    # With other halves both have lost questions: they stay at 0 and lose nothing, and the mean over splits lies between.
+    assert 50 < float(told(20)[0][3].split()[0]) <= 100
+    with pytest.raises(DataError, match="no sweep of gsm8k"):
+        halves.tables([tmp_path / "0"], "gsm8k", [], 1.0, 99, 1)
+    with pytest.raises(SettingError, match="mian"):
+        halves.tables([tmp_path / "0"], "asdiv", ["mian"], 1.0, 99, 1)
+    second = tmp_path / "1" / "main-asdiv"
+    second.mkdir(parents=True)
+    write_parquet(second / "rows.parquet", [row for row in rows if row["system"] == PLAIN])
+    write_json(second / "run.json", {"verb": "sweep", "settings": {"split": "test", "model": "m"}, "facts": {"billions": "1"}})
+    with pytest.raises(DataError, match="main: V is not in every folder"):
+        halves.tables([tmp_path / "0", tmp_path / "1"], "asdiv", [], 1.0, 99, 1)
 
 
 def test_rates_are_compared_by_medians_and_by_the_best() -> None:

@@ -142,6 +142,13 @@ def test_against_another_system_it_is_that_one_as_trained(tmp_path: Path) -> Non
     assert cells(document, "A", "as trained, shortest")[6] == "-"
 
 
+def test_positions_that_nothing_chose_are_shown_and_marked_on_request(tmp_path: Path) -> None:
+    """0.25 is the most accurate one on held-out questions, as trained is 1; the dial has no 0.7."""
+    document = reproduction.document(seeds(tmp_path), ["main"], PLAIN, 2.0, 199, at=[0.0, 0.25, 0.7]).partition("Table 8")[0]
+    assert cells(document, "A", "not chosen")[2] == "0"
+    assert cells(document, "A", "most accurate")[2] == "0.25"
+
+
 def test_the_dial_on_paper(tmp_path: Path) -> None:
     document = reproduction.document(seeds(tmp_path), [], PLAIN, 1.0, 199).partition("The dial:")[2]
     assert cells(document, "A", "0")[3].startswith("250.0 [")
