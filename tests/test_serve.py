@@ -562,6 +562,19 @@ def test_an_engine_without_slots_serves_chains_whole() -> None:
         started.stop()
 
 
+def test_a_client_that_leaves_an_engine_without_slots_takes_nobody_with_it() -> None:
+    """The worker looked for the next batch's first request after the only one had been dropped, and died."""
+    batcher = Batcher(small(), engine="generate", context=256)
+    try:
+        batcher.submit([batcher.encode(Request("gone", "one", 0.5, 6))], [lambda _: None])
+        batcher.drop(["gone"])
+        ((completion,),) = wait_for(batcher, [Request("stays", "one", 0.5, 6)])
+        assert isinstance(completion, Completion)
+        assert batcher.alive
+    finally:
+        batcher.close()
+
+
 # The open batch
 
 

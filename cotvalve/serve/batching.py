@@ -81,6 +81,8 @@ class Whole:
 
     def step(self) -> list[Piece | Completion]:
         """Runs the next batch; with an exact task vector, the requests of one alpha."""
+        if not self._waiting:  # all of them were dropped
+            return []
         first = self._waiting[0].request.alpha
         now = [e for e in self._waiting if self.valve.rows or e.request.alpha == first]
         self._waiting = [e for e in self._waiting if e not in now]
