@@ -34,7 +34,7 @@ from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion, Interval, Request
 
 httpx = pytest.importorskip("httpx")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 QUESTIONS = [problem.question for problem in load("arithmetic", split="test", limit=4)]
@@ -86,12 +86,12 @@ class Server:
     """A server in a thread."""
 
     def __init__(self, valve: Valve, **how: Any) -> None:
-        from cotvalve.serve.app import create_app
+        from cotvalve.serve import app as http
 
         socket = listen("127.0.0.1", 0)
-        app = create_app(valve, ServeSettings(model="tiny-reasoner", **{"slots": 8, **how}))
+        app = http.create_app(valve, ServeSettings(model="tiny-reasoner", **{"slots": 8, **how}))
         self.service = app.state.service
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        self._server = http.Server(app)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [socket]}, daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
@@ -118,9 +118,12 @@ class Server:
             time.sleep(0.05)
         return False
 
+    def stop_listening(self) -> None:
+        self._server.should_exit = True
+
     def stop(self) -> None:
         self.client.close()
-        self._server.should_exit = True
+        self.stop_listening()
         self._thread.join(30)
         assert not self._thread.is_alive()
 
@@ -536,6 +539,24 @@ def test_closing_tells_those_who_wait() -> None:
     assert not batcher.alive
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_stops_tells_who_still_waits(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn's patience ended in a bare 500, or in the middle of a stream, and in a traceback."""
+    monkeypatch.setattr("cotvalve.serve.app.PATIENCE", 0.3)
+    started = Server(small(), name="small", context=256)
+    started.service.batcher._front = Held()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(started.ask, "hello", stream=stream)
+        while not answer.done() and started.service.batcher.load != (1, 0):
+            time.sleep(0.01)
+        started.stop_listening()
+        response = answer.result(20)
+    started.stop()
+    error = json.loads(response.text.strip().splitlines()[-1].removeprefix("data: "))["error"]
+    assert (error["message"], error["type"]) == ("the server is stopping", "server_error")
+    assert response.status_code == (200 if stream else 503)
+
+
 def test_all_choices_of_a_request_are_queued_or_none() -> None:
     batcher = Batcher(small(), slots=1, context=64, queue=2)
     try:
@@ -705,6 +726,7 @@ def test_a_taken_port_and_a_missing_extra_are_one_line(monkeypatch: pytest.Monke
     with pytest.raises(SettingError, match=r"cannot listen on 127\.0\.0\.1 port"):
         run(ServeSettings(model="tiny-reasoner", port=port), lambda _: None)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "cotvalve.serve.app")
     with pytest.raises(EngineError, match=r"needs uvicorn; install it with: pip install 'cotvalve\[serve\]'"):
         run(ServeSettings(), lambda _: None)
 

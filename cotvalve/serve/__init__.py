@@ -69,9 +69,7 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     Raises EngineError when FastAPI and uvicorn are not installed, SettingError for an address that is taken.
     """
     try:
-        import uvicorn
-
-        from cotvalve.serve.app import create_app
+        from cotvalve.serve.app import Server, create_app
     except ImportError as error:
         raise EngineError(f"the server needs {error.name}; install it with: pip install 'cotvalve[serve]'") from None
     listening = listen(settings.host, settings.port)
@@ -83,9 +81,7 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         say(app.state.dial.sentence())
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"http://{host}:{listening.getsockname()[1]}")
-        # The batch is stopped by the app's lifespan; clients that still read get a moment to finish.
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(app).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> "socket.socket":

@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -25,8 +26,15 @@ from cotvalve.serve.protocol import Ask, Dial, Json, Refused, Split, choice, par
 from cotvalve.types import Completion
 
 if TYPE_CHECKING:
+    import socket
+
     from cotvalve.serve import ServeSettings
     from cotvalve.valve import Valve
+
+PATIENCE = 5
+"""Seconds in which chains that run may end when the server is stopped; then their clients are told that it stops."""
+FAREWELL = 2
+"""Seconds more in which they can be told, before their connections are cut."""
 
 Event = tuple[int, "str | Completion | EngineError"]
 
@@ -250,6 +258,21 @@ def create_app(valve: Valve, settings: ServeSettings) -> FastAPI:
     app.add_route("/health", health, methods=["GET"])
     app.add_route("/", index, methods=["GET"])
     return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which cuts off whoever still waits when it stops (500 and a traceback), and here tells them first."""
+
+    def __init__(self, app: FastAPI) -> None:
+        """`app` is from `create_app`."""
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE + FAREWELL))
+        self._batcher: Batcher = app.state.service.batcher
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        telling = asyncio.get_running_loop().call_later(PATIENCE, self._batcher.stop)
+        await super().shutdown(sockets)
+        telling.cancel()
 
 
 async def _left(request: Request) -> None:

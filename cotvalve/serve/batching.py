@@ -199,11 +199,16 @@ class Batcher:
             self._gone.extend(id for id in ids if self._jobs.pop(id, None) is not None)
             self._wake.notify()
 
-    def close(self, seconds: float = 10.0) -> None:
-        """Stops the worker; whoever still waits is told so."""
+    def stop(self) -> None:
+        """Takes nothing more and tells whoever still waits; the worker ends after the step it is at."""
         with self._wake:
             self._closing = True
             self._wake.notify()
+        self._fail("the server is stopping")
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Stops the worker; whoever still waits is told so."""
+        self.stop()
         self._thread.join(seconds)
 
     def _open(self) -> Front:
