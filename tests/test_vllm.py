@@ -259,8 +259,15 @@ def test_stock_multi_lora_is_said_and_gives_the_same_chains(tiny: Valve) -> None
     said: list[str] = []
     asked = requests(questions(tiny, 2), ALPHAS[:5], 24)
     found = by_id(engine.generate(asked, lambda *told: said.append(" ".join(map(str, told)))))
-    engine.close()
     assert found == ours(tiny, asked)
+    # Positions of another direction had the numbers of the first one's, by which vLLM had kept their weights.
+    direction = tiny.direction
+    assert isinstance(direction, Direction)
+    for sign in (-1, 1):
+        engine._server.turn_to(sign * direction)
+        turned = by_id(engine.generate([replace(r, alpha=sign * r.alpha) for r in asked]))
+        assert {i: c.text for i, c in turned.items()} == {i: c.text for i, c in found.items()}
+    engine.close()
     assert "stock multi-LoRA, because it was asked for" in engine.facts()["engine"]
     assert "stock multi-LoRA" in said[0]
 

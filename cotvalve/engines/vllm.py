@@ -162,7 +162,7 @@ class Server:
         self.lora = direction is not None
         cuda = valve.model.device.type == "cuda"
         self.batch = batch or options.batch or (1024 if cuda else 32)
-        self._positions: dict[float, Any] = {}
+        self._positions: dict[tuple[Path, float], Any] = {}
         self._direction: Direction | None = None
         self._fingerprint = ""
         self._stops = Codec(valve.model, valve.tokenizer).stops
@@ -222,7 +222,6 @@ class Server:
             if not (factor.A.isfinite().all() and factor.B.isfinite().all()):
                 # Its rows would write NaN into pages of the cache that other rows get next, and 0 * NaN is NaN there too.
                 raise DirectionMismatch(f"{name}: holds NaN or infinity, which vLLM's cache would carry to other chains; use engine 'transformers'")
-        self._positions.clear()
         self._direction = direction
         folder = self._folder / f"direction{len(list(self._folder.iterdir()))}"
         self._fingerprint = write_direction(direction, folder)
@@ -236,20 +235,22 @@ class Server:
     def position(self, alpha: float) -> Any:
         """The LoRA request of one alpha."""
         alpha += 0.0
-        if alpha not in self._positions:
+        # Those of earlier directions stay, so that no number is given twice: stock multi-LoRA keeps weights by number alone.
+        known = self._plain, alpha
+        if known not in self._positions:
             from vllm.lora.request import LoRARequest
 
             from cotvalve.engines import vllm_dial
 
             number = len(self._positions) + 1
             if not self.stock:
-                self._positions[alpha] = vllm_dial.position(alpha, number, str(self._plain), self._fingerprint)
+                self._positions[known] = vllm_dial.position(alpha, number, str(self._plain), self._fingerprint)
             else:
                 assert self._direction is not None
                 folder = self._folder / f"{self._fingerprint}-{number}"
                 write_baked(self._direction, folder, self._plain, alpha)
-                self._positions[alpha] = LoRARequest(f"alpha={alpha!r}@{self._fingerprint}", number, str(folder))
-        return self._positions[alpha]
+                self._positions[known] = LoRARequest(f"alpha={alpha!r}@{self._fingerprint}", number, str(folder))
+        return self._positions[known]
 
     def run(self, requests: dict[str, Encoded]) -> Iterator[tuple[str, list[int] | None]]:
         """Generated ids by request as they finish; None for a prompt that does not fit `context`.
