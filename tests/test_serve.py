@@ -1,5 +1,6 @@
 """The server over real HTTP on the loopback: mixed alphas, streams, errors, disconnects, the page."""
 
+import asyncio
 import json
 import re
 import sys
@@ -315,6 +316,31 @@ def test_bad_bodies(server: Server, content: bytes, kind: str, status: int) -> N
     response = server.client.post("/v1/chat/completions", content=content, headers={"content-type": kind})
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_leaves_within_its_body_is_no_failure() -> None:
+    """It was a traceback in the server's log."""
+    from cotvalve.serve.app import create_app
+
+    app = create_app(small(), ServeSettings(slots=1, context=64))
+    parts = iter([{"type": "http.request", "body": b'{"mess', "more_body": True}, {"type": "http.disconnect"}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(parts)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    try:
+        asyncio.run(app(scope, receive, send))
+    finally:
+        app.state.service.batcher.close()
+    assert sent[0]["status"] == 499
 
 
 def test_other_paths_and_methods_get_openais_shape_too(server: Server) -> None:

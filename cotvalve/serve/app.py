@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from cotvalve import types
 from cotvalve.engines.sampling import Encoded
@@ -38,6 +39,8 @@ FAREWELL = 2
 
 Event = tuple[int, "str | Completion | EngineError"]
 
+_GONE = 499
+"""The status that nobody reads: the client has closed the connection."""
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -134,7 +137,7 @@ class Service:
         finally:
             self.batcher.drop([e.request.id for e in wanted])
         if completions is None:
-            return Response(status_code=499)
+            return Response(status_code=_GONE)
         choices = [choice(i, c, wanted[i].request.prompt) for i, c in enumerate(completions)]
         return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": usage(completions)})
 
@@ -239,6 +242,10 @@ def create_app(valve: Valve, settings: ServeSettings) -> FastAPI:
     async def failed(_request: Request, _error: Exception) -> JSONResponse:
         return JSONResponse(Refused(500, "the server failed; its log says why").body(), 500)
 
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=_GONE)
+
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(Exception, failed)
     app.add_exception_handler(HTTPException, refused)
