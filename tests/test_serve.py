@@ -207,6 +207,12 @@ def test_choices_are_seeded_and_differ(server: Server) -> None:
     assert texts == [said(choice["message"]) for choice in again["choices"]]
     assert first["usage"]["completion_tokens"] > 2 * BUDGET * 0.5
     assert first["seed"] == 5
+    # A seed that was drawn gives its chain again also when it went through a double, as it does in JavaScript.
+    drawn = server.ask(alpha=1.0, temperature=1.2, max_tokens=20).json()
+    told = int(float(drawn["seed"]))
+    same = server.ask(alpha=1.0, temperature=1.2, max_tokens=20, seed=told).json()
+    assert told == drawn["seed"]
+    assert said(same["choices"][0]["message"]) == said(drawn["choices"][0]["message"])
     # Choice i has the seed plus i, so any one of them can be had alone.
     alone = server.ask(alpha=1.0, temperature=1.2, seed=6, top_p=0.95).json()
     assert said(alone["choices"][0]["message"]) == texts[1]

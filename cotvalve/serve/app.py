@@ -122,7 +122,8 @@ class Service:
         ask = await self.read(request)
         alpha = self.dial.position(ask)
         id = f"chatcmpl-{secrets.token_hex(12)}"
-        seed = (secrets.randbits(63) if ask.seed is None else ask.seed) % 2**63
+        # A drawn seed is one that JavaScript's numbers hold, so that who reads it can send it back.
+        seed = (secrets.randbits(53) if ask.seed is None else ask.seed) % 2**63
         wanted = self.requests(ask, alpha, id, seed)
         head = {"id": id, "created": int(time.time()), "model": self.dial.name, "seed": seed, **self.dial.told(alpha)}
         events = self.start(wanted, bool(ask.stream))
