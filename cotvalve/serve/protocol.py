@@ -62,6 +62,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
+    tool_calls: list[Any] | None = None
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -119,6 +120,10 @@ def parse(body: bytes) -> Ask:
                 raise Refused(400, f"'{field}' is not supported here{hint}", param=field, code="unsupported_parameter")
         elif field not in _IGNORED:
             raise Refused(400, unknown("field", field, Ask.model_fields), param=field, code="unknown_parameter")
+    for i, message in enumerate(ask.messages):
+        if message.tool_calls:
+            where = f"messages.{i}.tool_calls"
+            raise Refused(400, f"'{where}' is not supported here", param=where, code="unsupported_parameter")
     if ask.messages[-1].role == "assistant":
         raise Refused(
             400, "the last message is the assistant's; expected one that asks for an answer", param="messages"
