@@ -82,6 +82,7 @@ Alphas = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 """From 0 to less than 1."""
 Probability = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]

@@ -765,7 +765,7 @@ def test_a_taken_port_and_a_missing_extra_are_one_line(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "fields", [{"port": 70000}, {"name": "a@b"}, {"queue": 0}, {"hots": "0.0.0.0"}, {"alpha": "x"}]
+    "fields", [{"port": 70000}, {"name": "a@b"}, {"queue": 0}, {"hots": "0.0.0.0"}, {"alpha": "x"}, {"highest": "inf"}, {"lowest": "nan"}]
 )
 def test_bad_settings_are_named(fields: dict[str, Any]) -> None:
     with pytest.raises(CotvalveError):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cotvalve.errors import EngineError, SettingError
-from cotvalve.settings import Count, ModelSettings, NotNegative, Probability
+from cotvalve.settings import Count, Finite, ModelSettings, NotNegative, Probability
 
 if TYPE_CHECKING:
     import socket
@@ -29,11 +29,11 @@ class ServeSettings(ModelSettings):
     """Address to listen on; 0.0.0.0 lets other machines in (there are no keys)."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
-    alpha: float = 0.0
+    alpha: Finite = 0.0
     """Position of requests that say none."""
-    lowest: float | None = None
+    lowest: Finite | None = None
     """Smallest alpha that is served; by default where the calibrated curve begins, else -1."""
-    highest: float | None = None
+    highest: Finite | None = None
     """Largest alpha that is served; by default where the calibrated curve ends, else 2."""
     max_new_tokens: int = 2048
     """Token budget of requests that say none."""

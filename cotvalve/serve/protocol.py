@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotvalve.errors import SettingError, unknown
 from cotvalve.prompts import END_THINK, THINK
+from cotvalve.settings import Finite
 from cotvalve.types import Completion
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """OpenAI's fields that would change the answer, and the values with which they do not."""
 _IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 """Fields that change nothing about the answer."""
-
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Refused(Exception):
@@ -85,15 +84,15 @@ class Ask(BaseModel):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: _Finite | None = Field(None, ge=0, le=2)
-    top_p: _Finite | None = Field(None, gt=0, le=1)
+    temperature: Finite | None = Field(None, ge=0, le=2)
+    top_p: Finite | None = Field(None, gt=0, le=1)
     seed: int | None = None
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    alpha: _Finite | None = None
-    tokens: _Finite | None = Field(None, gt=0)
-    shorter: _Finite | None = Field(None, lt=1)
+    alpha: Finite | None = None
+    tokens: Finite | None = Field(None, gt=0)
+    shorter: Finite | None = Field(None, lt=1)
 
 
 def parse(body: bytes) -> Ask:
