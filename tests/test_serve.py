@@ -590,6 +590,17 @@ def test_a_server_that_stops_tells_who_still_waits(stream: bool, monkeypatch: py
     assert response.status_code == (200 if stream else 503)
 
 
+def test_slots_that_do_not_fit_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a traceback before the server had begun."""
+
+    def full(*_: Any, **__: Any) -> Live:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("cotvalve.engines.live.Live", full)
+    with pytest.raises(EngineError, match=r"8 chains of 128 tokens do not fit .* --slots or a smaller --context"):
+        Batcher(small(), slots=8, context=128)
+
+
 def test_all_choices_of_a_request_are_queued_or_none() -> None:
     batcher = Batcher(small(), slots=1, context=64, queue=2)
     try:

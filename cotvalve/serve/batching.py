@@ -212,12 +212,20 @@ class Batcher:
         self._thread.join(seconds)
 
     def _open(self) -> Front:
+        import torch
+
         from cotvalve.engines.transformers import TransformersEngine
 
         if isinstance(self._engine, TransformersEngine):
             from cotvalve.engines.live import Live
 
-            return Live(self.valve, slots=self._slots, context=self.context)
+            try:
+                return Live(self.valve, slots=self._slots, context=self.context)
+            except torch.OutOfMemoryError as error:
+                raise EngineError(
+                    f"{self._slots or 'slots'} chains of {self.context} tokens do not fit into the device's memory; "
+                    "give fewer --slots or a smaller --context"
+                ) from error
         return Whole(self.valve, self._engine)
 
     def _work(self) -> None:
