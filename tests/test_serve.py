@@ -798,8 +798,14 @@ def test_the_default_position_has_to_be_on_the_dial(valve: Valve) -> None:
     try:
         assert Dial.of(valve, ServeSettings(), streams=True).high == 1.0
         assert Dial.of(valve, ServeSettings(highest=8.0), streams=True).high == 8.0
+        assert Dial.of(valve, ServeSettings(highest=8.0), streams=True).reach == known.reach
     finally:
         valve.calibration = known
+    # A part of the dial has a part of the lengths: the rest would be refused.
+    part = Dial.of(valve, ServeSettings(highest=0.5), streams=True)
+    assert "alpha 0 to 0.5, 300 to 200 tokens" in part.sentence()
+    told = part.card()["calibration"]
+    assert (told["tokens"]["low"], told["shorter"]["high"]) == pytest.approx((200, 1 / 3))
     assert Dial.of(small(), ServeSettings(model="./runs/mine"), streams=True).name == "mine"
     assert Dial.of(small(), ServeSettings(model="owner/name"), streams=True).name == "owner/name"
     plain = Valve(models.llama(), models.tokenizer())

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotvalve.errors import SettingError, unknown
 from cotvalve.prompts import END_THINK, THINK
 from cotvalve.settings import Finite
-from cotvalve.types import Completion
+from cotvalve.types import Completion, Interval
 
 if TYPE_CHECKING:
     from cotvalve.calibration import Calibration
@@ -199,6 +199,15 @@ class Dial:
             raise Refused(400, f"alpha {alpha:g} is out of range: this server serves {self.low:g} to {self.high:g}", param="alpha", code="out_of_range")  # fmt: skip
         return alpha
 
+    @property
+    def reach(self) -> Interval:
+        """The mean tokens of what is served: the curve's, where --lowest and --highest leave it."""
+        known = self.calibration
+        assert known is not None
+        span = known.span
+        ends = [known.tokens(min(max(end, span.low), span.high)) for end in (self.low, self.high)]
+        return Interval(min(ends), max(ends))
+
     def told(self, alpha: float) -> Json:
         """What a response says of its position."""
         known = self.calibration
@@ -220,10 +229,10 @@ class Dial:
             "calibration": None,
         }
         if known is not None:
-            start = known.tokens(0.0)
+            start, reach = known.tokens(0.0), self.reach
             told["calibration"] = {
-                "tokens": {"low": known.reach.low, "high": known.reach.high, "at_0": start},
-                "shorter": {"low": 1 - known.reach.high / start, "high": 1 - known.reach.low / start},
+                "tokens": {"low": reach.low, "high": reach.high, "at_0": start},
+                "shorter": {"low": 1 - reach.high / start, "high": 1 - reach.low / start},
                 "safe": {"low": known.safe.low, "high": known.safe.high, "points": known.tolerance},
                 "error": known.error.questions,
                 "measured_on": known.chosen_on,
@@ -240,7 +249,7 @@ class Dial:
             return "no direction: the plain model at alpha 0"
         if self.calibration is None:
             return f"alpha {self.low:g} to {self.high:g}; not calibrated, so requests cannot say tokens or shorter"
-        reach, safe = self.calibration.reach, self.calibration.safe
+        reach, safe = self.reach, self.calibration.safe
         asked = self.calibration.facts.get("prompt", "plain")
         apart = "" if asked == "plain" else f"; with the prompt '{asked}', where the server adds no words: for its own lengths calibrate with --prompt plain"
         return (
