@@ -23,6 +23,7 @@ from cotvalve.adapters import Factor
 from cotvalve.calibration import Calibration, Error, Position
 from cotvalve.direction import Card, Direction
 from cotvalve.engines import pick
+from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.live import Live, Piece
 from cotvalve.engines.sampling import Codec, Encoded
 from cotvalve.errors import CotvalveError, EngineError, SettingError
@@ -557,6 +558,26 @@ def test_when_the_backend_fails_its_chains_are_told_and_the_next_ones_run() -> N
         batcher.close()
     with pytest.raises(EngineError, match="stopping"):
         batcher.submit([batcher.encode(Request("c", "one", 0.0, 6))], [lambda _: None])
+
+
+def test_out_of_memory_halves_the_batches_of_an_engine_without_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It said that it went on with one slot, and ran out of memory again with as many rows as before."""
+    run = GenerateEngine._run
+
+    def tight(engine: GenerateEngine, batch: list[Encoded]) -> list[Completion]:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(engine, batch)
+
+    monkeypatch.setattr(GenerateEngine, "_run", tight)
+    batcher = Batcher(small(), engine="generate", slots=4, context=128)
+    try:
+        asked = [Request(f"{i}", "one", 0.5, 6) for i in range(4)]
+        told = [event for (event,) in wait_for(batcher, asked)]
+        assert all(isinstance(event, EngineError) and "goes on with 2 slots" in str(event) for event in told)
+        assert all(isinstance(event, Completion) for (event,) in wait_for(batcher, asked))
+    finally:
+        batcher.close()
 
 
 def test_closing_tells_those_who_wait() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cotvalve.engines import pick
+from cotvalve.engines.generate import GenerateEngine
 from cotvalve.engines.sampling import Codec, Encoded
 from cotvalve.errors import EngineError, SettingError
 from cotvalve.types import Completion, Request
@@ -38,6 +39,8 @@ class Front(Protocol):
 
     streams: bool
     """True when chains are told piece by piece."""
+    slots: int
+    """Chains at once."""
 
     @property
     def busy(self) -> bool: ...
@@ -59,6 +62,8 @@ class Whole:
 
     def __init__(self, valve: Valve, engine: Engine) -> None:
         self.valve, self.engine = valve, engine
+        # vLLM, the other one, looks after its memory by itself.
+        self.slots = engine.batch if isinstance(engine, GenerateEngine) else 1
         self._waiting: list[Encoded] = []
 
     @property
@@ -280,7 +285,9 @@ class Batcher:
         self._front.close()
         out = isinstance(error, torch.OutOfMemoryError)
         if out:
-            self._slots = max(1, getattr(self._front, "slots", 2) // 2)
+            self._slots = max(1, self._front.slots // 2)
+            if isinstance(self._engine, GenerateEngine):
+                self._engine.batch = self._slots
         said = (
             f"out of memory; the server goes on with {self._slots} slots, try again"
             if out
