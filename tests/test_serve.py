@@ -360,6 +360,9 @@ def test_other_paths_and_methods_get_openais_shape_too(server: Server) -> None:
 
 def test_models_says_what_the_dial_can_do(server: Server) -> None:
     (model,) = server.client.get("/v1/models").json()["data"]
+    assert server.client.get(f"/v1/models/{model['id']}").json() == model
+    missing = server.client.get("/v1/models/org/other")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
     assert (model["id"], model["object"]) == ("tiny-reasoner", "model")
     dial = model["dial"]
     assert dial["alpha"] == {"low": 0.0, "high": 1.0, "default": 0.0}

@@ -258,11 +258,18 @@ def create_app(valve: Valve, settings: ServeSettings) -> FastAPI:
     async def models(_request: Request) -> JSONResponse:
         return JSONResponse(service.models())
 
+    async def model(request: Request) -> JSONResponse:
+        (only,) = service.models()["data"]
+        if (name := request.path_params["name"]) != only["id"]:
+            raise Refused(404, f"model '{name}' is not served; expected '{only['id']}'", param="model", code="model_not_found")
+        return JSONResponse(only)
+
     async def index(_request: Request) -> HTMLResponse:
         return HTMLResponse(page, headers={"content-security-policy": _POLICY, "referrer-policy": "no-referrer"})
 
     app.add_route("/v1/chat/completions", service.answer, methods=["POST"])
     app.add_route("/v1/models", models, methods=["GET"])
+    app.add_route("/v1/models/{name:path}", model, methods=["GET"])  # a hub id has a slash
     app.add_route("/health", health, methods=["GET"])
     app.add_route("/", index, methods=["GET"])
     return app
