@@ -8,6 +8,7 @@ sqlite is in WAL mode: a killed process loses at most the row it was writing, ne
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ import shutil
 import sqlite3
 import tempfile
 import weakref
+import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -107,18 +109,20 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
-    """Yields (row number from 1, object) of a JSON lines file; blank lines are passed over.
+    """Yields (row number from 1, object) of a JSON lines file, unpacked where its name ends in .gz; blank lines are passed over.
 
     Raises DataError with the row number for a line that is not a JSON object, and for a file without rows.
     """
-    rows = 0
+    rows = number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                # Editors on Windows begin a file with a byte order mark.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
                     continue
                 try:
-                    value = json.loads(line)
+                    value = json.loads(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}: row {number} is not JSON ({error.msg} at column {error.colno})") from None
                 if not isinstance(value, dict):
@@ -128,7 +132,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
     except NOT_THERE:
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} in row {number})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a readable gzip file of JSON lines ({error})") from None
     if not rows:
         raise DataError(f"{path}: no rows in it")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import json
 import os
 import resource
@@ -89,9 +90,11 @@ def test_only_a_full_disk_is_called_a_full_disk(tmp_path: Path) -> None:
         ("\n  \n", "no rows in it"),
     ],
 )
-def test_bad_json_lines_name_the_row(tmp_path: Path, text: str, says: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_bad_json_lines_name_the_row(tmp_path: Path, name: str, text: str, says: str) -> None:
+    """Gzipped ones were said to hold "a row" that is not JSON, also for a blank line between two."""
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     with pytest.raises(DataError, match=says) as failed:
         list(read_jsonl(path))
     assert str(path) in str(failed.value)
@@ -102,9 +105,17 @@ def test_json_lines_are_numbered_from_one_over_blank_lines(tmp_path: Path) -> No
     assert list(read_jsonl(tmp_path / "rows.jsonl")) == [(1, {"a": 1}), (3, {"a": 2})]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_files_of_windows_are_read(tmp_path: Path, name: str) -> None:
+    """The byte order mark was told as "row 1 is not JSON (Unexpected UTF-8 BOM (decode using utf-8-sig))"."""
+    text = '\ufeff{"a": "\u00e9"}\r\n\r\n{"a": 2}\r\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert list(read_jsonl(tmp_path / name)) == [(1, {"a": "\u00e9"}), (3, {"a": 2})]
+
+
 def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b'{"a": "\xff"}\n')
-    with pytest.raises(DataError, match="bytes: not UTF-8 text"):
+    with pytest.raises(DataError, match=r"bytes: not UTF-8 text \(invalid start byte in row 1\)"):
         list(read_jsonl(tmp_path / "bytes"))
     with pytest.raises(DataError, match="bytes: not readable as JSON"):
         read_json(tmp_path / "bytes")

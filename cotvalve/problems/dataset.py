@@ -5,12 +5,10 @@ from, and `read`, which turns a local folder (or, without one, the published sou
 row-to-Problem function serves both, so both give the same Problems.
 """
 
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cotvalve.errors import DataError
 from cotvalve.records import Json, read_jsonl
@@ -68,23 +66,7 @@ class Row:
 
 def local_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSON lines file, also gzipped (.gz); DataError names the row that cannot be read."""
-    if path.suffix != ".gz":
-        yield from (Row(f"{path}: row {number}", number, values) for number, values in read_jsonl(path))
-        return
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                values: Any = json.loads(line)
-                if not isinstance(values, dict):
-                    raise DataError(f"{path}: row {number} is {type(values).__name__}, expected an object")
-                values = cast(Json, values)
-                yield Row(f"{path}: row {number}", number, values)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: a row is not JSON ({error.msg})") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable gzip file of JSON lines ({error})") from None
+    return (Row(f"{path}: row {number}", number, values) for number, values in read_jsonl(path))
 
 
 FOLDER_INSTEAD = f"name a folder that holds it with --data-dir or {ENVIRONMENT} (docs/data.md has its layout)"
