@@ -125,6 +125,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
                     value = json.loads(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}: row {number} is not JSON ({error.msg} at column {error.colno})") from None
+                if b"\\ud" in line.lower() and (half := _half_a_character(value)):
+                    raise DataError(f"{path}: row {number} holds {half}, half of a character: no text can hold it; mend or remove it")
                 if not isinstance(value, dict):
                     raise DataError(f"{path}: row {number} is {type(value).__name__}, expected an object like {{\"question\": ...}}")
                 rows += 1
@@ -137,6 +139,19 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
         raise DataError(f"{path}: not a readable gzip file of JSON lines ({error})") from None
     if not rows:
         raise DataError(f"{path}: no rows in it")
+
+
+def _half_a_character(value: Any) -> str:
+    r"""The first lone surrogate in a JSON value, as JSON writes it; empty where there is none.
+
+    >>> _half_a_character(["\ud83d\ude00", "a\ud83d"])
+    '\\ud83d'
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return json.dumps(error.object[error.start]).strip('"')
+    return ""
 
 
 def sha256(path: Path) -> str:

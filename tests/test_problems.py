@@ -200,6 +200,8 @@ GOOD = {"question": "What is 2 + 3?", "answer": "5"}
         ([{**GOOD, "answer": "many", "kind": "number"}], "row 1: gold answer 'many' cannot be read as number"),
         ([{**GOOD, "kind": "numbr"}], "row 1: unknown kind 'numbr': did you mean 'number'"),
         ([{**GOOD, "id": "a"}, {**GOOD, "id": "a"}], "the id 'a' stands on more than one row"),
+        (['{"question": "What?", "answer": NaN}'], "row 1: no field 'answer'; it has: question, answer"),
+        (['{"question": "Half \\ud83d?", "answer": "5"}'], "row 1 holds \\ud83d, half of a character"),
         ([], "no rows in it"),
         (["", "  "], "no rows in it"),
     ],
@@ -211,6 +213,13 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[object], message: str) ->
     assert message in str(caught.value)
     assert "bad.jsonl" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_pandas_writes_for_missing_is_missing(tmp_path: Path) -> None:
+    """NaN was read as the word "nan": a gold answer, and a solution to train on."""
+    path = write(tmp_path / "mine.jsonl", '{"question": "What?", "answer": 5.0, "id": NaN, "solution": NaN, "kind": NaN, "subset": NaN}')
+    (problem,) = problems.load(path)
+    assert (problem.id, problem.answer, problem.solution, problem.kind, problem.subset) == ("mine/1", "5.0", None, "number", "")
 
 
 def test_missing_and_broken_files(folder: Path) -> None:

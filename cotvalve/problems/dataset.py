@@ -47,7 +47,7 @@ class Row:
     def text(self, *names: str) -> str:
         """The first of the fields `names` that the row has, as text; DataError when it has none or it is empty."""
         for name in names:
-            value = self.values.get(name)
+            value = self._given(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return str(value)
             if value is not None and not isinstance(value, str):
@@ -61,7 +61,11 @@ class Row:
 
     def optional(self, name: str) -> str | None:
         """The field as text, or None where it is missing or empty."""
-        return self.text(name) if self.values.get(name) not in (None, "") else None
+        return self.text(name) if self._given(name) not in (None, "") else None
+
+    def _given(self, name: str) -> Any:
+        value = self.values.get(name)
+        return None if value != value else value  # NaN is how pandas writes that there is none
 
 
 def local_rows(path: Path) -> Iterator[Row]:
