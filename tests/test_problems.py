@@ -364,6 +364,18 @@ def test_prm12k_holds_none_of_math500() -> None:
     assert not held_out & trained
 
 
+def test_a_file_so_short_that_a_split_is_empty_is_told(tmp_path: Path) -> None:
+    """A sweep loaded the model, sampled nothing, and said "no points; run `cotvalve sweep` first"."""
+    rows = [{"question": f"{i} + 1?", "answer": str(i + 1), "id": f"{i}"} for i in range(60)]
+    mine = write(tmp_path / "mine.jsonl", *rows)
+    held = {problem.id for problem in problems.load(mine, split="heldout")}
+    for some, other in ((True, "all its questions are held out"), (False, "none of its [0-9]+ questions is held out")):
+        path = write(tmp_path / "few.jsonl", *(row for row in rows if (row["id"] in held) == some))
+        assert problems.load(path, split="heldout" if some else "test")
+        with pytest.raises(DataError, match=rf"few\.jsonl': {other}"):
+            problems.training(path) if some else problems.load(path, split="heldout")
+
+
 def test_a_file_has_the_splits_test_and_heldout_and_no_other(tmp_path: Path) -> None:
     """A misspelt 'heldout' gave all rows, those that are trained on among them."""
     path = tmp_path / "mine.jsonl"

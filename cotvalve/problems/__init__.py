@@ -95,7 +95,9 @@ def load(
             )
     _refuse_unusable(problems, name)
     if split == HELD_OUT:
-        problems = [problem for problem in problems if held_out(problem)]
+        among, problems = len(problems), [problem for problem in problems if held_out(problem)]
+        if not problems:
+            raise DataError(f"data set '{name}': none of its {among:,} questions is held out (a fifteenth is, by a hash of the id); give more questions")
     return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id)
 
 
@@ -137,6 +139,8 @@ def training(
     """
     split = "test" if _is_path(name) else "train"
     problems = [problem for problem in load(name, split=split, data_dir=data_dir) if not held_out(problem)]
+    if not problems:
+        raise DataError(f"data set '{name}': all its questions are held out (a fifteenth is, by a hash of the id); give more questions")
     return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id, offset)
 
 
