@@ -23,7 +23,7 @@ from cotvalve.engines import own_seed, pick
 from cotvalve.errors import SettingError
 from cotvalve.grading import grade
 from cotvalve.problems import fingerprint, training
-from cotvalve.prompts import chain_from_solution, prompt, render, thinks
+from cotvalve.prompts import PROMPTS, chain_from_solution, prompt, render, thinks
 from cotvalve.records import Json, Run, write_json, write_parquet, write_text
 from cotvalve.settings import Alphas, Count, ModelSettings, NotNegative, Probability, Seed
 from cotvalve.types import Chain, Completion, MixChain, Problem, Progress, Request, silent
@@ -55,7 +55,7 @@ class Sampling(ModelSettings):
     """Longest chain; a chain that reaches it is truncated and counted as such."""
     prompt: str = "boxed"
     """How questions are asked: boxed, plain, budget, shortcut, budget-qwq, budget-llama."""
-    budget: int | None = None
+    budget: Count | None = None
     """Token budget for the prompts that ask for one."""
     seed: Seed = 0
     """Seed of everything random in this run."""
@@ -71,6 +71,9 @@ class Sampling(ModelSettings):
             raise ValueError("samples, max_new_tokens and gpus have to be 1 or more")
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError("several samples at temperature 0 are all the same; give a temperature, for example 0.7")
+        if self.budget is not None and self.prompt in PROMPTS and not PROMPTS[self.prompt].budgets:
+            asking = ", ".join(name for name, way in PROMPTS.items() if way.budgets)
+            raise ValueError(f"the prompt '{self.prompt}' names no token budget; leave budget out, or take one of the prompts {asking}")
 
 
 class MixSettings(Sampling):
