@@ -26,6 +26,9 @@ from cotvalve.report import Example, ReportData, write_report
 from cotvalve.statistics import Paired, paired, paired_over_grid, points
 from cotvalve.types import Completion, Grade, Point, Problem, Progress, Sweep, silent
 
+POINTS = "points.json"
+"""What a run folder of `sweep` holds of its tables."""
+
 
 class SweepSettings(Sampling):
     """Settings of `sweep`."""
@@ -68,28 +71,28 @@ def redo(folder: Path) -> Path:
     found = read_json(folder / "run.json")
     if found["verb"] != "sweep":
         raise DataError(f"{folder}: holds a run of '{found['verb']}', not 'sweep'; name a sweep's folder")
-    settings = SweepSettings.read({**found["settings"], "out": str(folder)})
+    # No setting of the run, since the same chains may be reported with another: it stands beside the points.
+    said = read_json(folder / POINTS).get("chosen_on", "") if (folder / POINTS).exists() else ""
+    settings = SweepSettings.read({**found["settings"], "chosen_on": said, "out": str(folder)})
     rows: dict[tuple[str, str], list[Json]] = {}
     sets = problems_of(settings)
+    asked, directions = [PLAIN, *(other.name for other in baselines_of(settings))], named_directions(settings.direction)
+    order = [*((name, system) for name in sets for system in asked), *((name, label) for label in directions for name in sets)]
     if (folder / "rows.sqlite").exists():
         with closing(RowStore(folder / "rows.sqlite")) as store:
             # Short chains end first: a table of those that are there would flatter.
             wanted = _chains(settings, sets)
             if len(store) < wanted:
                 raise DataError(f"{folder}: {len(store):,} of {wanted:,} chains are there; give the sweep's command again to finish it")
-            for name, system in sorted({tuple(key.split("|", 2)[:2]) for key in store.keys()}):  # noqa: SIM118
-                rows[name, system] = store.rows(f"{name}|{system}|")
-        for name, system in rows:
-            if system.startswith(PROMPTED):
-                rows[name, system] = [{**row, "alpha": None} for row in rows[name, system]]
-            elif system != PLAIN:
-                rows[name, system] = [*rows.get((name, PLAIN), []), *rows[name, system]]
+            for name, system in order:
+                own = store.rows(f"{name}|{system}|")
+                if system in directions:
+                    own = [*rows[name, PLAIN], *own]
+                rows[name, system] = [{**row, "alpha": None} for row in own] if system.startswith(PROMPTED) else own
     else:
         for row in read_parquet(folder / "rows.parquet"):
             rows.setdefault((row.pop("dataset"), row.pop("system")), []).append(row)
-    order = [PLAIN, *sorted({system for _, system in rows if system.startswith(PROMPTED)}), *named_directions(settings.direction)]
-    shown = {key: rows[key] for key in sorted(rows, key=lambda key: (key[0], order.index(key[1])))}
-    return finish(folder, found["facts"], shown, sets, settings)
+    return finish(folder, found["facts"], {key: rows[key] for key in order if key in rows}, sets, settings)
 
 
 def _chains(settings: SweepSettings, sets: dict[str, list[Problem]]) -> int:
@@ -183,7 +186,8 @@ def finish(folder: Path, facts: Json, rows: dict[tuple[str, str], list[Json]], s
             if name == other:
                 tests.append(paired_over_grid(rows[name, b], rows[name, a], dataset=name, a=b, b=a, seed=settings.seed))
     sweep = Sweep(tuple(measured), {key: str(value) for key, value in facts.items()})
-    write_json(folder / "points.json", {"points": [asdict(p) for p in measured], "paired": [asdict(t) for t in tests], "facts": sweep.facts})  # fmt: skip
+    told = {"points": [asdict(p) for p in measured], "paired": [asdict(t) for t in tests], "facts": sweep.facts, "chosen_on": settings.chosen_on}
+    write_json(folder / POINTS, told)
     write_parquet(folder / "rows.parquet", ({"dataset": n, "system": s, **row} for (n, s), found in rows.items() for row in found))
     return write_report(
         ReportData(

@@ -74,6 +74,25 @@ def test_a_report_is_made_again_from_the_rows_alone(tmp_path: Path) -> None:
     assert [(p["system"], p["alpha"], p["accuracy"]) for p in again] == [(p["system"], p["alpha"], p["accuracy"]) for p in json.loads(points)["points"]]
 
 
+def test_a_report_made_again_says_what_the_first_one_said(tmp_path: Path) -> None:
+    """The sentence about what was chosen where was lost, baselines and data sets changed places, and a bar in a name was a traceback."""
+    for name in ("z.jsonl", "a|b.jsonl"):
+        (tmp_path / name).write_text('{"question": "2 + 3?", "answer": "5"}\n')
+    settings = sweep.SweepSettings(
+        model="tiny-reasoner", direction="++=tiny-valve", data=f"{tmp_path / 'z.jsonl'},{tmp_path / 'a|b.jsonl'}", prompt="plain", alphas="0,1",
+        max_new_tokens=4, baselines="shortcut,budget", budgets="50,100", chosen_on="10 held-out questions", out=str(tmp_path / "s"),
+    )  # fmt: skip
+    folder = sweep.run(settings).parent
+    told = [(folder / name).read_text() for name in ("report.md", "points.json")]
+    assert "come from 10 held-out questions" in told[0]
+    sweep.redo(folder)
+    assert [(folder / name).read_text() for name in ("report.md", "points.json")] == told
+    for left in folder.glob("rows.sqlite*"):
+        left.unlink()
+    sweep.redo(folder)
+    assert [(folder / name).read_text() for name in ("report.md", "points.json")] == told
+
+
 def test_a_sweep_that_has_not_ended_is_not_drawn(tmp_path: Path) -> None:
     """Short chains end first: their table would flatter, and be taken for a finished sweep's."""
     settings = sweep.SweepSettings(
