@@ -4,6 +4,7 @@ Flags are made from the verb's settings class, so a flag, a recipe's field and i
 user can mend is one line and exit code 2; a stopped command goes on when it is given again.
 """
 
+import errno
 import inspect
 import os
 import sys
@@ -31,6 +32,9 @@ data_app = typer.Typer(no_args_is_help=True, help="List, fetch and check data se
 app.add_typer(data_app, name="data")
 
 Run = Callable[[Any, Drawn], Path]
+
+UNREACHABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What the file system says of a path that its user can mend."""
 
 FIRST = ("model", "data", "direction", "out")
 """Flags that stand first in every verb's help."""
@@ -220,6 +224,10 @@ def main() -> None:
         _fail(said)
     except CotvalveError as error:
         _fail(str(error))
+    except OSError as error:
+        if error.filename is None or error.errno not in UNREACHABLE:
+            raise
+        _fail(f"{error.filename}: cannot be read or written ({error.strerror}); mend its permissions, or name another path")
     except KeyboardInterrupt:
         print("cotvalve: stopped; the same command goes on where it was", file=sys.stderr)
         raise SystemExit(130) from None

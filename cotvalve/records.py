@@ -55,6 +55,8 @@ def disk(path: Path) -> Generator[None]:
             raise
         raise DataError(f"{path}: the disk is full; free some space and run the same command again") from error
     except sqlite3.OperationalError as error:
+        if "readonly" in str(error) or "unable to open" in str(error):
+            raise DataError(f"{path}: cannot be read or written ({error}); mend its permissions, or name another path") from error
         if "full" not in str(error) and "disk I/O" not in str(error):
             raise
         raise DataError(f"{path}: the disk is full ({error}); free some space and run the same command again") from error

@@ -1,9 +1,11 @@
 """What the command line shows: help in one order with its defaults, and nothing on the screen that is not ours."""
 
+import errno
 import logging
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from conftest import ROOT
 from typer.main import get_command
 
-from cotvalve import cli, pipeline
+from cotvalve import cli, pipeline, problems
 from cotvalve.progress import Notes
 
 
@@ -65,3 +67,17 @@ def test_a_warning_is_one_line_and_said_once(capsys: pytest.CaptureFixture[str])
     Notes.on()
     logging.getLogger("cotvalve.valve").warning("two\nlines of %s", "it")
     assert capsys.readouterr().err == "cotvalve: note: two lines of it\n"
+
+
+def test_a_path_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only folder, another's file, and --out below a file were tracebacks."""
+    (tmp_path / "file").write_text("")
+    code, said = command("extract", "tiny", "tiny-reasoner", "--rank", "2", "--out", str(tmp_path / "file" / "d"))
+    assert (code, said.splitlines()[-1].partition(" (")[0]) == (2, f"cotvalve: {tmp_path}/file/.d.part: cannot be read or written")
+
+    def denied(*_args: object, **_kwargs: object) -> None:  # a test that runs as root has every permission
+        raise PermissionError(errno.EACCES, "Permission denied", "data.jsonl")
+
+    monkeypatch.setattr(problems, "load", denied)
+    code, said = command("data", "fetch", "data.jsonl")
+    assert (code, said) == (2, "cotvalve: data.jsonl: cannot be read or written (Permission denied); mend its permissions, or name another path\n")

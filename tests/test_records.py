@@ -73,6 +73,9 @@ def test_only_a_full_disk_is_called_a_full_disk(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "a", "x")
     with pytest.raises(PermissionError), disk(tmp_path):
         raise PermissionError(13, "denied")
+    RowStore(tmp_path / "rows").close()
+    with pytest.raises(DataError, match=r"cannot be read or written \(attempt to write a readonly database\)"), disk(tmp_path):
+        sqlite3.connect(f"file:{tmp_path / 'rows'}?mode=ro", uri=True).execute("DELETE FROM rows")
     with pytest.raises(sqlite3.OperationalError, match="no such table"), disk(tmp_path):
         sqlite3.connect(":memory:").execute("SELECT * FROM rows")
 
