@@ -33,6 +33,9 @@ app.add_typer(data_app, name="data")
 
 Run = Callable[[Any, Drawn], Path]
 
+STOPPED = 130
+"""The exit code of Ctrl-C. What typer makes of a KeyboardInterrupt, which does not reach `main`; an Abort in its older versions."""
+
 UNREACHABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """What the file system says of a path that its user can mend."""
 
@@ -216,6 +219,8 @@ def main() -> None:
     try:
         _register()
         code = app(standalone_mode=False)
+        if code == STOPPED:
+            raise KeyboardInterrupt
         raise SystemExit(code if isinstance(code, int) else 0)
     except UsageProblem as problem:
         said = problem.format_message() if hasattr(problem, "format_message") else str(problem)
@@ -228,9 +233,9 @@ def main() -> None:
         if error.filename is None or error.errno not in UNREACHABLE:
             raise
         _fail(f"{error.filename}: cannot be read or written ({error.strerror}); mend its permissions, or name another path")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("cotvalve: stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None
 
 
 def _fail(said: str) -> None:

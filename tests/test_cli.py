@@ -81,3 +81,14 @@ def test_a_path_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, comma
     monkeypatch.setattr(problems, "load", denied)
     code, said = command("data", "fetch", "data.jsonl")
     assert (code, said) == (2, "cotvalve: data.jsonl: cannot be read or written (Permission denied); mend its permissions, or name another path\n")
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """typer made an exit code of it before our line was said: a stopped command ended without a word."""
+
+    def stopped(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(problems, "load", stopped)
+    code, said = command("data", "fetch", "arithmetic")
+    assert (code, said.strip()) == (130, "cotvalve: stopped; the same command goes on where it was")
