@@ -9,6 +9,7 @@ on to the same weights. Batches are made in batches.py, the loss and the Trainer
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -35,6 +36,8 @@ from cotvalve.settings import ModelSettings
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Problem, Progress, Toward, silent
 from cotvalve.valve import Valve
+
+_log = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 16384
 """Tokens of one forward pass on a GPU, padding counted; a quarter of that elsewhere."""
@@ -209,8 +212,23 @@ class TrainSettings(ModelSettings, FitSettings):
             raise ValueError(f"the prompt '{self.prompt}' asks for a token budget, and training has none to name; learn with boxed or plain")
 
 
+_READ_BY = {"stages": ("valve", "progressive"), "solution": ("valve",), "brevity": ("reward",), "truncated": ("reward",), "trust": ("reward",)}
+"""Settings that not every recipe reads."""
+
+
+def _say_unread(settings: TrainSettings) -> None:
+    """Warns of what was given and is another recipe's. No error: in a recipe file it may stand for all steps."""
+    for name, recipes_of in _READ_BY.items():
+        value = getattr(settings, name)
+        if settings.recipe not in recipes_of and value != TrainSettings.model_fields[name].default:
+            _log.warning("%s %s is not used: it is a setting of %s, not of %s", name, value, " and ".join(recipes_of), settings.recipe)
+    if settings.recipe == "valve" and settings.stages is not None and settings.solution is None:
+        _log.warning("stages %d is not used: valve takes it with solution, the number of one of them", settings.stages)
+
+
 def run(settings: TrainSettings, progress: Progress = silent) -> Path:
     """Trains a direction and writes it into the run folder, which is returned."""
+    _say_unread(settings)
     valve = settings.load_valve(settings.direction or None)
     if settings.direction and not valve.rows:
         raise SettingError(f"direction '{settings.direction}' is no LoRA; training goes on from LoRA directions only")

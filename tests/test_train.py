@@ -782,6 +782,22 @@ def test_settings_of_a_new_lora_beside_a_direction_are_said_to_be_unused(tmp_pat
     assert said[1:] == [f"rank 3 is not used: training goes on from {first}, which has 2"]
 
 
+def test_settings_of_another_recipe_are_said_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`train plus --stages 5` trained one stage without a word."""
+    models.save(models.llama(), tmp_path / "model")
+    how = {"model": str(tmp_path / "model"), "data": str(mix_file(tmp_path / "mix.jsonl")), "device": "cpu", "prompt": "plain", "batch": 4}
+    run(TrainSettings(**how, recipe="plus", stages=2, brevity=0.1, out=str(tmp_path / "plus")))  # pyright: ignore[reportArgumentType]
+    run(TrainSettings(**how, recipe="valve", stages=2, out=str(tmp_path / "valve")))  # pyright: ignore[reportArgumentType]
+    assert [record.getMessage() for record in caplog.records if "is not used" in record.getMessage()] == [
+        "stages 2 is not used: it is a setting of valve and progressive, not of plus",
+        "brevity 0.1 is not used: it is a setting of reward, not of plus",
+        "stages 2 is not used: valve takes it with solution, the number of one of them",
+    ]
+    caplog.clear()
+    run(TrainSettings(**how, recipe="progressive", stages=2, out=str(tmp_path / "progressive")))  # pyright: ignore[reportArgumentType]
+    assert "is not used" not in caplog.text
+
+
 def test_full_fine_tuning_leaves_what_can_be_loaded_both_ways(tmp_path: Path) -> None:
     models.save(models.llama(), tmp_path / "model")
     out = run(
