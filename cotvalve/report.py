@@ -267,7 +267,7 @@ def table(columns: dict[str, Callable[[Item], str]], items: Sequence[Item], word
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-") or "data"
 
 
 def number(value: float, digits: int = 1) -> str:

@@ -282,6 +282,13 @@ def test_a_small_subset_has_its_table_and_no_figure(tmp_path):
     assert names == {"curve-gsm8k.svg", "dial-gsm8k.svg", "curve-gsm8k-shop.svg", "dial-gsm8k-shop.svg"}
 
 
+def test_names_in_any_script_have_a_figure_of_their_own(tmp_path):
+    """Only a to z were kept: two Cyrillic files were both "jsonl", and the second drew over the first."""
+    names = ("задачи.jsonl", "вопросы.jsonl")
+    write_figures([made_point(alpha=None, dataset=name) for name in names], tmp_path)
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"curve-задачи-jsonl.svg", "curve-вопросы-jsonl.svg"}
+
+
 def test_svg_files_are_the_same_bytes_every_time_and_carry_no_date(tmp_path):
     points = curve_points()
     first = [path.read_bytes() for path in write_figures(points, tmp_path / "one")]
