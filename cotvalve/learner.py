@@ -197,15 +197,19 @@ class ValveTrainer(Trainer):
             torch.cuda.empty_cache()
             self.skip.progress(self.skip.stage, self.state.global_step, self.state.max_steps, note)
 
-    def remember(self, rows: Sequence[Json]) -> None:
-        """Gives each row `before`: the log p of its learned tokens now, before the first step."""
+    def remember(self, rows: Sequence[Json], steps: int) -> None:
+        """Gives each row `before`: the log p of its learned tokens now, before the first of `steps` steps."""
         assert self.model is not None
         self.model.train()
-        self._in_portions(rows, self._likelihoods)
+        self._in_portions(rows, lambda parts: self._likelihoods(parts, steps))
 
-    def _likelihoods(self, parts: Sequence[Sequence[Json]]) -> None:
+    def _likelihoods(self, parts: Sequence[Sequence[Json]], steps: int) -> None:
         model: Any = self.model
+        done, count = 0, sum(map(len, parts))
         for part in parts:
+            # A third of a step's work for every example: half a minute of a large card in which nothing else is told.
+            self.skip.progress(self.skip.stage, 0, steps, f"how likely its chains are before: {done:,} of {count:,}")
+            done += len(part)
             batch, alpha = self._batch(part)
             batch.pop("weights", None)
             with self.position.at(alpha), self.compute_loss_context_manager():

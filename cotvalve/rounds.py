@@ -45,6 +45,8 @@ class RewardSettings(Sampling, FitSettings):
     """A data set: its training questions are answered."""
     limit: int | None = 600
     """Questions of a round; each round has others, until all were asked."""
+    offset: int = 0
+    """Questions that an earlier run of the same seed has asked: where `direction` is one of `reward`, its rounds times its limit."""
     rounds: int = 4
     """How often to sample and learn."""
     alphas: Alphas = (0.5, 1.0)
@@ -76,6 +78,8 @@ class RewardSettings(Sampling, FitSettings):
         FitSettings.model_post_init(self, context)
         if self.rounds < 1:
             raise ValueError("rounds has to be 1 or more")
+        if self.offset < 0:
+            raise ValueError("offset has to be 0 or more")
         if self.full or self.dora:
             raise ValueError("reward learns a plain LoRA, whose positions it samples; full and dora are for the recipe valve")
         if self.samples < 2 or not any(self.alphas):
@@ -91,7 +95,7 @@ def parts(settings: RewardSettings) -> Iterator[tuple[MixSettings, TrainSettings
     for number in range(settings.rounds):
         home = Path(settings.out) / f"round-{number + 1}"
         # One right chain of a question is enough: it is the wrong ones that it is measured against.
-        sample = _shared(MixSettings, settings, direction=at, offset=number * (settings.limit or 0), fewest=1, out=str(home / "mix"))
+        sample = _shared(MixSettings, settings, direction=at, offset=settings.offset + number * (settings.limit or 0), fewest=1, out=str(home / "mix"))
         learn = _shared(TrainSettings, settings, recipe="reward", direction=at, data=sample.out, limit=None, out=str(home / "direction"))
         yield sample, learn
         at = learn.out

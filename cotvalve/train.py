@@ -144,7 +144,7 @@ def _fit_stage(
     progress(stage.name, 0, max(1, math.ceil(count / settings.batch * settings.epochs)), f"{count} examples, {tokens:,} tokens")
     last = _last_checkpoint(home)
     if settings.trust and "weight" in rows[0]:
-        trainer.remember(rows)  # with the weights that the stage begins with, also where it goes on from a checkpoint
+        trainer.remember(rows, steps)  # with the weights that the stage begins with, also where it goes on from a checkpoint
     with disk(home):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         # A last checkpoint marks the stage as done: run again, the Trainer finds no step left in it.

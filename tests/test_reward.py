@@ -237,7 +237,10 @@ def test_a_round_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) ->
     class Stopped(Exception):
         pass
 
-    def stop(_task: str, done: int, _total: int, _note: str = "") -> None:
+    told = list[str]()
+
+    def stop(_task: str, done: int, _total: int, note: str = "") -> None:
+        told.append(note)
         if done == 20:
             raise Stopped
 
@@ -247,6 +250,7 @@ def test_a_round_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) ->
     how, card = settings(learning_rate=3e-3, epochs=40, trust=0.2, checkpoint_every=10), Card("base", "shorter", "reward")
     with pytest.raises(Stopped):
         fit(valve, [stage], how, tmp_path / "part", card, ask="plain", progress=stop)
+    assert "how likely its chains are before: 0 of 2" in told
     again = turned()
     fit(again, [stage], how, tmp_path / "part", card, ask="plain")
     assert_same_bits(again, whole)
@@ -454,6 +458,13 @@ def test_a_round_samples_what_the_round_before_learned_on_other_questions(whole:
         rounds.run(RewardSettings(**{**ROUNDS, "brevity": 0.3}, out=str(out)))  # pyright: ignore[reportArgumentType]
 
 
+def test_rounds_that_go_on_from_others_ask_what_those_have_not_asked(tmp_path: Path) -> None:
+    settings = rounds_in(tmp_path)
+    later = settings.model_copy(update={"offset": settings.rounds * (settings.limit or 0)})
+    asked = [sample.offset for one in (settings, later) for sample, _ in rounds.parts(one)]
+    assert asked == [0, 4, 8, 12]
+
+
 def test_a_table_of_rounds_counts_every_right_chain(tmp_path: Path) -> None:
     """A text that a smaller alpha wrote too counted only there: 98 % right at alpha 1, and a dash for their mean tokens."""
     kinds = [("a", 0.5, 10, True, "stop"), ("a", 1.0, 10, True, "stop"), ("b", 1.0, 30, True, "stop"), ("c", 1.0, 90, True, "length"), ("d", 1.0, 90, False, "stop"), ("d", 2.0, 9, False, "stop")]
@@ -508,6 +519,6 @@ def test_the_model_of_the_part_before_is_gone_when_the_next_is_loaded(monkeypatc
 
 def test_what_a_round_would_refuse_is_refused_before_the_first() -> None:
     for wrong, said in (({"temperature": 0.7}, "have to be 1"), ({"rounds": 0}, "rounds has to be 1 or more"), ({"brevity": 2}, "between 0 and 1"), ({"rank": 0}, "rank.*greater than or equal to 1"), ({"dropout": 0.1}, "without dropout"), ({"prompt": "budget", "budget": 50}, "asks for a token budget"), ({"seed": -1}, "seed"), ({"warmup": -1}, "warmup"), ({"full": True}, "learns a plain LoRA"),
-                        ({"samples": 1}, "needs 2 samples or more"), ({"alphas": (0.0,)}, "a position other than 0")):  # fmt: skip
+                        ({"samples": 1}, "needs 2 samples or more"), ({"offset": -1}, "offset has to be 0 or more"), ({"offset": 5, "limit": None}, "give its size as limit"), ({"alphas": (0.0,)}, "a position other than 0")):  # fmt: skip
         with pytest.raises(SettingError, match=said):
             RewardSettings(**wrong)  # pyright: ignore[reportArgumentType]
