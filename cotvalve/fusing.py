@@ -23,9 +23,7 @@ def fuse(valve: Valve, alpha: float) -> PreTrainedModel:
     """
     if not math.isfinite(alpha):
         raise SettingError(f"alpha {alpha} is not a finite number")
-    config = copy.deepcopy(valve.model.config)
-    setattr(config, FUSED, {"alpha": alpha, "base": valve.name})
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(valve.model.config, "quantization_config", None) is not None:
         raise EngineError("a quantized model cannot be fused; load the base without quantization")
     with valve.at(0.0 if valve.dial else alpha):
         state = {
@@ -33,6 +31,8 @@ def fuse(valve: Valve, alpha: float) -> PreTrainedModel:
             for name, tensor in valve.model.state_dict().items()
             if ".lora_" not in name
         }
+    config = copy.deepcopy(valve.model.config)  # as it is after the move, which may have untied the output layer
+    setattr(config, FUSED, {"alpha": alpha, "base": valve.name})
     for name, layer in (valve.dial.layers if valve.dial else {}).items():
         weight = state[f"{name}.weight"]
         b, a = (side[ADAPTER].get_parameter("weight").detach().float().cpu() for side in (layer.lora_B, layer.lora_A))

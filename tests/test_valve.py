@@ -655,6 +655,18 @@ def test_a_lora_on_a_tied_output_layer_is_fused_into_a_table_of_its_own(tmp_path
     assert fused.config.tie_word_embeddings == (alpha == 0)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_task_vector_that_unties_the_output_layer_is_fused_untied(tmp_path: Path, alpha: float) -> None:
+    """Qwen2.5-Math-1.5B to its R1 distillation: the config was copied before the move untied the model, so that the
+    fused model tied its output layer to the input's table again."""
+    base = models.qwen2(tied=True)
+    turned = Valve(base, models.tokenizer(), TaskVector.between(models.qwen2(tied=True), models.qwen2(tied=False, seed=5)))
+    fused = turned.fuse(alpha)
+    fused.save_pretrained(tmp_path)
+    for one in (fused, load_model(tmp_path, device="cpu")):
+        assert torch.equal(models.logits(one), at(turned, alpha))
+
+
 def test_neighbouring_seeds_draw_other_chains() -> None:
     valve = Valve.load("tiny-reasoner", "tiny-valve")
     texts = [[c.text for c in valve.generate("1 + 2?", alpha=[0.5] * 4, temperature=1.5, seed=seed, prompt="plain", max_new_tokens=60)] for seed in (0, 1)]
