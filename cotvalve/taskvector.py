@@ -303,7 +303,8 @@ def untie(model: PreTrainedModel, name: str) -> None:
         raise DirectionMismatch(
             f"{name}: tied in the model but not in the task vector, and not the output layer; load the model untied"
         )
-    output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=output.weight.requires_grad)
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=output.weight.requires_grad)
     model.config.tie_word_embeddings = False
 
 

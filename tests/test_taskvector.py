@@ -154,6 +154,16 @@ def test_base_tied_and_reasoner_not(tmp_path: Path) -> None:
     assert torch.equal(models.logits(model), before)
 
 
+def test_a_model_untied_in_inference_mode_can_be_moved_outside_of_it(tmp_path: Path) -> None:
+    """Engine generate turns the dial inside inference mode: the output layer's new table could not be written after it."""
+    base, reasoner = models.qwen2(tied=True), models.qwen2(tied=False, seed=5)
+    vector = TaskVector.between(*pair(tmp_path, base, reasoner))
+    with torch.inference_mode():
+        vector.apply(base, 0.5)
+    vector.apply(base, 1)
+    assert_same_bits(base, reasoner)
+
+
 def test_reasoner_tied_and_base_not(tmp_path: Path) -> None:
     base = models.llama(tied=False)
     reasoner = models.llama(tied=True, seed=5)
