@@ -167,7 +167,8 @@ class Inlets:
 def _usual(layer: LoraLinear, x: Tensor) -> bool:
     """Whether it is the adapter and nothing else that acts, in x's dtype."""
     alone = not (layer.disable_adapters or layer.merged) and layer.active_adapters == [ADAPTER]
-    return alone and weight(layer.lora_B[ADAPTER]).dtype == x.dtype
+    # Under autocast W x has another dtype than B, and products in place are not cast.
+    return alone and weight(layer.lora_B[ADAPTER]).dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def _by_layer(layers: Mapping[str, LoraLinear]) -> dict[LoraLinear, Inlet]:

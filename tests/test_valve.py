@@ -231,6 +231,14 @@ def test_the_scale_is_peft_s_own(config: dict[str, object], alpha: float) -> Non
         assert not torch.allclose(turned, off, rtol=0, atol=2e-4), "the tolerance sees a scale that is off by 0.1 %"
 
 
+def test_autocast_turns_the_dial_as_peft_does() -> None:
+    """Our short way adds to W x in place, which autocast has made bf16 beside factors in fp32."""
+    turned, wrapped = valve(), models.lora(models.llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(at(turned, 0.0), models.logits(models.llama()))
+        torch.testing.assert_close(at(turned, [0.0, 1.0])[1], models.logits(wrapped)[1], rtol=0, atol=0.1)  # bf16 of 5
+
+
 def test_dora_is_refused_by_the_dial() -> None:
     wrapped = models.lora(models.llama(), use_dora=True)
     with pytest.raises(DirectionMismatch, match=r"self_attn\.q_proj.*DoRA"):
