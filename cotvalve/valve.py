@@ -326,12 +326,12 @@ class Valve:
     def generate(
         self, question: str | Sequence[str], alpha: float | Sequence[float] | None = None, *,
         tokens: float | None = None, shorter: float | None = None, max_new_tokens: int = 2048,
-        temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, prompt: str = "boxed",
+        temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, prompt: str = "boxed", budget: int | None = None,
     ) -> list[Completion]:  # fmt: skip
         """Answers at every alpha, all in one batch; questions outermost, alphas innermost.
 
         A calibrated valve also takes `tokens` (an expected chain length) or `shorter` (a saving between 0
-        and 1) instead of alpha. temperature 0 is greedy.
+        and 1) instead of alpha. temperature 0 is greedy. `budget` is the number that the prompts called budget name.
         """
         from cotvalve.engines import ask
 
@@ -345,6 +345,6 @@ class Valve:
         if bad := [position for position in positions if not math.isfinite(position)]:
             raise SettingError(f"alpha {bad[0]} is not a finite number")
         return ask(
-            self, [question] if isinstance(question, str) else question, positions, prompt=prompt,
+            self, [question] if isinstance(question, str) else question, positions, prompt=prompt, budget=budget,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
         )  # fmt: skip

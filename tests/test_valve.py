@@ -19,6 +19,7 @@ from cotvalve.direction import Card, Direction, load_direction
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
 from cotvalve.fitting import FitSettings
 from cotvalve.mover import Mover
+from cotvalve.prompts import PROMPTS, render
 from cotvalve.taskvector import TaskVector
 from cotvalve.valve import ADAPTER, Dial
 from tests import models
@@ -591,11 +592,20 @@ def test_generate_answers_questions_outermost_and_alphas_innermost() -> None:
         ({"tokens": 100}, "cotvalve calibrate"),
         ({"shorter": 0.4}, "cotvalve calibrate"),
         ({"prompt": "boxd"}, "did you mean 'boxed'"),
+        ({"prompt": "budget"}, "needs a token budget; give budget="),
+        ({"prompt": "budget", "budget": 0}, "has to be 1 or more"),
+        ({"budget": 50}, "with a prompt that names one"),
     ],
 )
 def test_generate_says_what_it_cannot_do(how: dict[str, object], says: str) -> None:
     with pytest.raises(SettingError, match=says):
         valve().generate("q", **how)
+
+
+def test_generate_asks_for_a_budget_where_the_prompt_names_one() -> None:
+    turned = valve()
+    found, asked = turned.generate("q", prompt="budget", budget=50, max_new_tokens=3), render(turned.tokenizer, "q", PROMPTS["budget"], 50)
+    assert found[0].prompt_tokens == len(turned.tokenizer(asked)["input_ids"])
 
 
 # Another direction on the same model

@@ -95,8 +95,8 @@ def own_seed(seed: int, name: object) -> int:
 
 
 def ask(
-    valve: "Valve", questions: Sequence[str], alphas: Sequence[float], *, prompt: str, max_new_tokens: int,
-    temperature: float, top_p: float, seed: int,
+    valve: "Valve", questions: Sequence[str], alphas: Sequence[float], *, prompt: str, budget: int | None,
+    max_new_tokens: int, temperature: float, top_p: float, seed: int,
 ) -> list[Completion]:  # fmt: skip
     """Every question at every alpha, all in one batch; questions outermost, alphas innermost. SettingError for numbers out of range."""
     if max_new_tokens < 1 or seed < 0:
@@ -105,7 +105,10 @@ def ask(
         raise SettingError(f"temperature has to be 0 or more, top_p between 0 and 1 (given: {temperature}, {top_p})")
     from cotvalve import prompts
 
-    texts = [prompts.render(valve.tokenizer, question, prompts.prompt(prompt)) for question in questions]
+    way = prompts.prompt(prompt)
+    if budget is not None and (budget < 1 or not way.budgets):
+        raise SettingError(f"budget is {budget} with the prompt '{prompt}'; it has to be 1 or more, with a prompt that names one")
+    texts = [prompts.render(valve.tokenizer, question, way, budget) for question in questions]
     requests = [
         Request(f"{i:09d}", text, float(alpha), max_new_tokens, temperature, top_p, own_seed(seed, i))
         for i, (text, alpha) in enumerate(product(texts, alphas))
