@@ -341,10 +341,7 @@ class Valve:
             if self.calibration is None:
                 raise SettingError("this direction has no calibration.json; run `cotvalve calibrate`, or give alpha")
             alpha = self.calibration.alpha(tokens=tokens, shorter=shorter)
-        positions = [0.0] if alpha is None else [alpha] if isinstance(alpha, (int, float)) else list(alpha)
-        if bad := [position for position in positions if not math.isfinite(position)]:
-            raise SettingError(f"alpha {bad[0]} is not a finite number")
         return ask(
-            self, [question] if isinstance(question, str) else question, positions, prompt=prompt, budget=budget,
+            self, [question] if isinstance(question, str) else question, alpha, prompt=prompt, budget=budget,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
         )  # fmt: skip

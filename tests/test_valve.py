@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -591,6 +592,9 @@ def test_generate_answers_questions_outermost_and_alphas_innermost() -> None:
         ({"alpha": 0.5, "tokens": 100}, "give one of alpha, tokens and shorter"),
         ({"tokens": 100}, "cotvalve calibrate"),
         ({"shorter": 0.4}, "cotvalve calibrate"),
+        ({"alpha": "half"}, "alpha is 'half'; expected a number"),
+        ({"alpha": [0.5, None]}, "expected a number"),
+        ({"alpha": [0.5, float("nan")]}, "alpha nan is not a finite number"),
         ({"prompt": "boxd"}, "did you mean 'boxed'"),
         ({"prompt": "budget"}, "needs a token budget; give budget="),
         ({"prompt": "budget", "budget": 0}, "has to be 1 or more"),
@@ -600,6 +604,15 @@ def test_generate_answers_questions_outermost_and_alphas_innermost() -> None:
 def test_generate_says_what_it_cannot_do(how: dict[str, object], says: str) -> None:
     with pytest.raises(SettingError, match=says):
         valve().generate("q", **how)
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5]), np.linspace(0.5, 0.5, 1), (0.5,), iter([0.5])],
+    ids=["numpy number", "torch number", "tensor", "array", "tuple", "iterator"],
+)
+def test_generate_takes_a_number_of_any_library(alpha: float) -> None:
+    assert [c.alpha for c in valve().generate("q", alpha=alpha, max_new_tokens=2)] == [0.5]
 
 
 def test_generate_asks_for_a_budget_where_the_prompt_names_one() -> None:

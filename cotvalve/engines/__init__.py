@@ -10,6 +10,7 @@ A new engine is one file with a class that has `generate`, and one line in `pick
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Protocol
@@ -94,11 +95,25 @@ def own_seed(seed: int, name: object) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _numbers(alpha: float | Iterable[float] | None) -> list[float]:
+    """`alpha` as a list, 0 where it is None; a single number of numpy or torch is one as well, though it is no float."""
+    import torch
+
+    try:
+        found = [0.0] if alpha is None else torch.as_tensor(list(alpha) if isinstance(alpha, Iterator) else alpha, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise SettingError(f"alpha is {alpha!r}; expected a number or a list of numbers") from None
+    if bad := [number for number in found if not math.isfinite(number)]:
+        raise SettingError(f"alpha {bad[0]} is not a finite number")
+    return found
+
+
 def ask(
-    valve: "Valve", questions: Sequence[str], alphas: Sequence[float], *, prompt: str, budget: int | None,
+    valve: "Valve", questions: Sequence[str], alpha: float | Iterable[float] | None, *, prompt: str, budget: int | None,
     max_new_tokens: int, temperature: float, top_p: float, seed: int,
 ) -> list[Completion]:  # fmt: skip
     """Every question at every alpha, all in one batch; questions outermost, alphas innermost. SettingError for numbers out of range."""
+    alphas = _numbers(alpha)
     if max_new_tokens < 1 or seed < 0:
         raise SettingError(f"max_new_tokens has to be 1 or more, seed 0 or more (given: {max_new_tokens}, {seed})")
     if not 0 <= temperature < float("inf") or not 0 <= top_p <= 1:
@@ -110,7 +125,7 @@ def ask(
         raise SettingError(f"budget is {budget} with the prompt '{prompt}'; it has to be 1 or more, with a prompt that names one")
     texts = [prompts.render(valve.tokenizer, question, way, budget) for question in questions]
     requests = [
-        Request(f"{i:09d}", text, float(alpha), max_new_tokens, temperature, top_p, own_seed(seed, i))
-        for i, (text, alpha) in enumerate(product(texts, alphas))
+        Request(f"{i:09d}", text, position, max_new_tokens, temperature, top_p, own_seed(seed, i))
+        for i, (text, position) in enumerate(product(texts, alphas))
     ]
     return sorted(pick("auto", valve).generate(requests), key=lambda completion: completion.id)
