@@ -146,8 +146,8 @@ class TaskVector:
         wide = torch.promote_types(first.dtype, last.dtype)
         return torch.lerp(first.to(wide), last.to(wide), alpha)
 
-    def check_fits(self, model: PreTrainedModel) -> int:
-        """The number of tensors that move on `model`.
+    def check_fits(self, model: PreTrainedModel, *, unwrapped: bool = False) -> int:
+        """The number of tensors that move on `model`; `unwrapped` where a LoRA on it will be taken off before.
 
         Raises DirectionMismatch naming the first tensor that is missing, extra or of another shape, and for a
         model that was fused, is quantized or holds a merged adapter.
@@ -160,7 +160,7 @@ class TaskVector:
         anatomy, held = Anatomy.of(model), model.state_dict().keys()
         for name, move in self.moves.items():
             own, expected = _own_name(anatomy, name), self.start.anatomy.shapes[move.start]
-            if own is None or own not in held:  # a layer with a LoRA on it has its weight under another name
+            if own is None or (own not in held and not unwrapped):  # a layer with a LoRA on it has its weight under another name
                 raise DirectionMismatch(
                     f"{name}: not a tensor of the model; give the vector's own base, {self.card.base}"
                 )

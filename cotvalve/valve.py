@@ -261,6 +261,8 @@ class Valve:
         before = self.direction
         if isinstance(direction, Direction):
             check_fits(direction, self.model)
+        else:
+            direction.check_fits(self.model, unwrapped=True)
         if isinstance(before, Direction) and isinstance(direction, Direction) and before.alike(direction):
             direction.card.compare(self.name, self.base_sha256)
             set_peft_model_state_dict(self.peft_model, direction.state_dict())

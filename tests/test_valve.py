@@ -724,6 +724,9 @@ def test_a_direction_that_does_not_fit_leaves_the_present_one() -> None:
     with pytest.raises(DirectionMismatch, match="changes a weight of"):
         turned.turn_to(Direction.from_peft(wide.peft_config[ADAPTER], factors, CARD))
     assert torch.equal(at(turned, 0.7), before)
+    with pytest.raises(DirectionMismatch, match="the model's is"):
+        turned.turn_to(TaskVector.between(models.llama(hidden=64), models.moved(models.llama(hidden=64))))
+    assert torch.equal(at(turned, 0.7), before)
 
 
 def test_dora_is_read_on_a_model_that_carries_another_lora(tmp_path: Path) -> None:
