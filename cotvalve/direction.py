@@ -14,7 +14,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -155,8 +155,8 @@ class Direction:
 
     # PEFT's border
 
-    def lora_config(self) -> LoraConfig:
-        """PEFT's config of this direction, ready to be trained on or loaded into."""
+    def lora_config(self, targets: Iterable[str] | None = None) -> LoraConfig:
+        """PEFT's config of this direction, ready to be trained on or loaded into; on its `targets` where none are named."""
         from peft import LoraConfig
 
         rank, rank_pattern = patterns({name: factor.rank for name, factor in self.factors.items()})
@@ -167,7 +167,7 @@ class Direction:
             use_rslora=next(iter(self.factors.values())).rslora,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
-            target_modules=list(self.targets),
+            target_modules=list(self.targets if targets is None else targets),
             task_type="CAUSAL_LM",
         )
 

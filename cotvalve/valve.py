@@ -164,7 +164,8 @@ class Valve:
         refuse_adapted(self.model)
         if isinstance(direction, Direction):
             check_fits(direction, self.model)
-            self._wrap(direction.lora_config())
+            # By whole names: endings would reach other layers too where the direction is on the first few only.
+            self._wrap(direction.lora_config(direction.factors))
             set_peft_model_state_dict(self._peft, direction.state_dict())
         else:
             direction.check_fits(self.model)

@@ -729,6 +729,18 @@ def test_a_direction_that_does_not_fit_leaves_the_present_one() -> None:
     assert torch.equal(at(turned, 0.7), before)
 
 
+@pytest.mark.parametrize("targets", [r".*layers\.[01]\..*[qv]_proj", [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]], ids=["regex", "names"])
+def test_a_direction_on_the_first_layers_puts_nothing_on_the_others(tmp_path: Path, targets: str | list[str]) -> None:
+    """Training that goes on from it (`--direction`) learned on all layers: its endings are those of the layers above as well."""
+    wrapped = models.lora(models.llama(layers=4), targets=targets)
+    wrapped.save_pretrained(str(tmp_path))
+    found = Direction.load(tmp_path)
+    turned = Valve(models.llama(layers=4), models.tokenizer(), found)
+    assert turned.dial is not None
+    assert turned.dial.layers.keys() == found.factors.keys() == turned.current(CARD).factors.keys()
+    assert torch.equal(at(turned, 1.0), models.logits(wrapped))
+
+
 def test_dora_is_read_on_a_model_that_carries_another_lora(tmp_path: Path) -> None:
     """A sweep turns one model from a LoRA to a DoRA, whose difference is made of the base's own weights."""
     adapter = models.lora(models.llama(), seed=4, use_dora=True)
