@@ -101,19 +101,25 @@ def render_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Map
         raise SettingError(f"the model's chat template refuses these messages: {error}") from None
 
 
-@lru_cache(maxsize=8)
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The mark a model writes to end its turn, read off the chat template ('<|im_end|>', '<|eot_id|>', ...)."""
     _check_template(tokenizer)
+    eos = tokenizer.eos_token
+    return _end_of_turn(tokenizer, str(tokenizer.chat_template), None if eos is None else str(eos))
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", _template: str, eos: str | None) -> str:
+    # The template is there for the cache: a tokenizer may be given another one.
     mark = "cotvalve-end-of-turn-probe"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": mark}]
     after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
     for token in [*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())]:
         if token and after.lstrip().startswith(token):
             return token
-    if tokenizer.eos_token is None:
+    if eos is None:
         raise DataError(f"{tokenizer.name_or_path}: no end-of-turn mark in the chat template and no eos token")
-    return str(tokenizer.eos_token)
+    return eos
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase", eos: int | Sequence[int] | None) -> list[int]:

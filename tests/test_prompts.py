@@ -112,6 +112,14 @@ def test_the_end_of_a_turn_is_read_off_the_template(template: str | None, extra:
     assert stop_ids(made, [256, one]) == sorted({256, one})
 
 
+def test_another_template_has_another_end() -> None:
+    """It was remembered by tokenizer: stop ids and targets stayed those of the template that was there before."""
+    made = tokenizer(None, ["<|eot_id|>", "<|start|>", "<|end|>", "<|bos|>"])
+    assert end_of_turn(made) == "<|im_end|>"
+    made.chat_template = LLAMA
+    assert end_of_turn(made) == "<|eot_id|>"
+
+
 def test_no_end_at_all_is_an_error() -> None:
     made = tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     made.eos_token = None
