@@ -67,7 +67,8 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
             # The authors' answer column may hold the whole human solution with "####" before the number.
             answer = str(row.get("target") or answer).rpartition("####")[2].strip()
         chains.sort(key=lambda chain: -chain.tokens)
-        mix.append(MixChain(Problem(str(row.get("id") or number), question, answer, row.get("kind") or "number"), tuple(chains)))
+        id = number if row.get("id") in (None, "") else row["id"]  # a data frame's first row is 0
+        mix.append(MixChain(Problem(str(id), question, answer, row.get("kind") or "number"), tuple(chains)))
     if unseen:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(unseen.items()))
         said = f"{source}: {unseen.total()} of {unseen.total() + len(mix)} questions are in a test set or held out ({counts})"

@@ -228,6 +228,13 @@ def test_files_that_are_no_mixchain(tmp_path: Path, name: str, rows: list[Json],
         load(path, models.tokenizer())
 
 
+def test_a_row_called_0_keeps_its_name(tmp_path: Path) -> None:
+    """It was called 1, by its row's number, as the next one is by its own."""
+    path = tmp_path / "mix.jsonl"
+    path.write_text("".join(json.dumps({"id": number, **row}) + "\n" for number, row in enumerate(AUTHORS)))
+    assert [mix.problem.id for mix in load(path, models.tokenizer())] == ["0", "1"]
+
+
 def test_limo_s_sets_have_one_solution_and_the_answer_in_its_box(tmp_path: Path) -> None:
     """MixChain-C-LIMO: columns question and solution."""
     path = tmp_path / "limo.jsonl"
