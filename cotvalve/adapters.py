@@ -127,6 +127,11 @@ def read_adapter(fields: Mapping[str, Any], state: Mapping[str, Tensor], where: 
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         found = _KEY.fullmatch(key.removeprefix(PREFIX))
+        if found is None and key.endswith(".base_layer.weight"):
+            raise DataError(
+                f"{where}: {key} is a whole weight of the base, as PEFT saves it beside a LoRA on the output layer; "
+                "where that weight was not trained, save the adapter with save_embedding_layers=False"
+            )
         if found is None:
             what = "LoRA on an embedding" if "lora_embedding" in key else "no LoRA factor of a linear module"
             raise DataError(

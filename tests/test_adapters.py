@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cotvalve import Valve
 from cotvalve.adapters import Factor
 from cotvalve.direction import Card, Direction, load_direction
 from cotvalve.errors import DataError
@@ -109,6 +110,16 @@ def test_tensors_that_are_not_a_and_b(tmp_path: Path, edit: dict[str, torch.Tens
     with pytest.raises(DataError) as error:
         Direction.load(folder)
     assert str(error.value) == f"{folder / 'adapter_model.safetensors'}: {says}"
+
+
+def test_a_lora_on_the_output_layer_is_read_without_the_copy_of_its_table(tmp_path: Path) -> None:
+    wrapped = models.lora(models.llama(), targets=["q_proj", "lm_head"])
+    wrapped.save_pretrained(str(tmp_path / "with"))
+    with pytest.raises(DataError, match=r"lm_head\.base_layer\.weight is a whole weight of the base.*save_embedding_layers=False"):
+        Direction.load(tmp_path / "with")
+    wrapped.save_pretrained(str(tmp_path / "without"), save_embedding_layers=False)
+    with Valve(models.llama(), models.tokenizer(), Direction.load(tmp_path / "without")).at(1.0) as model:
+        torch.testing.assert_close(models.logits(model), models.logits(wrapped), rtol=0, atol=2e-5)
 
 
 def test_truncated_file(tmp_path: Path) -> None:
