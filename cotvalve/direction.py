@@ -253,6 +253,8 @@ def check_fits(direction: Direction, model: nn.Module) -> int:
     linears = _linears(model)
     missing = [name for name in direction.factors if name not in linears]
     what = f"direction for '{direction.card.base}'" if direction.card.base else "direction"
+    if missing and (other := dict(model.named_modules()).get(missing[0])) is not None:
+        raise DirectionMismatch(f"{missing[0]}: is a {type(other).__name__} in the model; the dial turns linear modules only")
     if len(missing) == len(direction.factors):
         near = difflib.get_close_matches(missing[0], linears, n=1, cutoff=0)
         hint = f"; the nearest it has is '{near[0]}'" if near else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cotvalve.adapters import Factor, endings
 from cotvalve.direction import Card, Direction, check_fits, load_direction
@@ -258,6 +259,14 @@ def test_a_direction_that_does_not_fit_names_the_module(tmp_path: Path, model: o
     with pytest.raises(DirectionMismatch) as error:
         check_fits(d, model())  # pyright: ignore[reportCallIssue]
     assert str(error.value) == says
+
+
+def test_a_layer_that_is_not_linear_is_named_as_what_it_is() -> None:
+    """GPT-2's are Conv1D: "give the direction's own base" was no help to those who had."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    d = Direction({"transformer.h.0.attn.c_attn": Factor(torch.ones(1, 8), torch.ones(24, 1), 1)}, CARD)
+    with pytest.raises(DirectionMismatch, match=r"^transformer\.h\.0\.attn\.c_attn: is a Conv1D in the model"):
+        check_fits(d, base)
 
 
 def test_a_merged_adapter_is_recognised() -> None:
