@@ -226,9 +226,11 @@ class TaskVector:
         if base is None or isinstance(base, (str, Path)):
             start = Checkpoint(base or found["theta1"]["name"])
         else:
-            # A model that came from nowhere (made in memory) can only stand for itself.
             start = Checkpoint(base.name_or_path) if base.name_or_path else Loaded(base)
         _verify(start, found["theta1"], folder)
+        if base is not None and not isinstance(base, (str, Path)) and fingerprint(start) != fingerprint(base):
+            # A model that is not what lies under its name (changed since, or GGUF beside safetensors) is its own alpha 0.
+            start = Loaded(base)
         if "deltas" in found:
             return _of_deltas(card, start, checkpoints.read_tensors(folder / found["deltas"]))
         # "." is the folder itself, wherever it was moved (full fine-tuning).

@@ -325,6 +325,21 @@ def test_a_base_that_was_moved_or_changed(tmp_path: Path) -> None:
         load_direction(folder, elsewhere)
 
 
+def test_a_model_that_was_changed_in_memory_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Its name stood for it: after a move, alpha 0 was the checkpoint under that name and not the model."""
+    base, reasoner = pair(tmp_path, models.llama())
+    TaskVector.between(base, reasoner).save(tmp_path / "vector")
+    model = load_model(base, device="cpu")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").add_(1)
+    before = copy.deepcopy(model)
+    vector = TaskVector.load(tmp_path / "vector", model)
+    vector.apply(model, 1)
+    assert_same_bits(model, load_model(reasoner, device="cpu"))
+    vector.apply(model, 0)
+    assert_same_bits(model, before)
+
+
 def test_a_vector_between_models_in_memory_has_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="an exact task vector refers to checkpoints on disk; save both"):
         TaskVector.between(models.llama(), models.moved(models.llama())).save(tmp_path / "d")
