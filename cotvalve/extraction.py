@@ -9,6 +9,7 @@ itself; look at the report and choose.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -133,6 +134,8 @@ def extract(
         progress("extract", done, len(vector.moves), name)
         delta = vector.delta(name, where)
         square = _square(delta)
+        if not math.isfinite(square):
+            raise DataError(f"{name}: {vector.start.name} or {getattr(vector.end, 'name', '')} holds NaN or infinity there; take another checkpoint")
         total += square
         module = name.removesuffix(".weight")
         if module not in chosen:

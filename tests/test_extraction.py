@@ -128,6 +128,15 @@ def test_bad_extractions() -> None:
         extract(base, models.moved(base), modules=["q_proj"])
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj", "model.norm"])
+def test_a_checkpoint_that_diverged_is_named_by_its_tensor(name: str) -> None:
+    reasoner = models.moved(models.llama())
+    with torch.no_grad():
+        reasoner.get_parameter(f"{name}.weight").view(-1)[0] = float("nan")
+    with pytest.raises(DataError, match=rf"{name}\.weight: .*holds NaN or infinity"):
+        extract(models.llama(), reasoner, rank=2)
+
+
 def test_large_matrices_keep_almost_the_optimum() -> None:
     """Randomised against exact singular values on a slowly falling spectrum, as deltas of fine-tuning have."""
     generator = torch.Generator().manual_seed(0)
