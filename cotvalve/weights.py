@@ -63,7 +63,9 @@ class Anatomy:
         linears = tuple(
             name.removesuffix(".base_layer")
             for module, name in names.items()
-            if isinstance(module, nn.Linear) and module is not output and ".lora_" not in name
+            # Llama 4's router is a Linear that gives more than W x: no LoRA can be added to that.
+            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+            and module is not output and ".lora_" not in name
         )
         return cls(shapes, tied, linears, tuple(f"{names[module]}.weight" for module in ends))
 

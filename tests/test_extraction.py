@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
+from cotvalve import Valve
 from cotvalve.direction import Direction, check_fits
 from cotvalve.errors import DataError, SettingError
 from cotvalve.extraction import extract, low_rank
@@ -135,6 +137,22 @@ def test_a_checkpoint_that_diverged_is_named_by_its_tensor(name: str) -> None:
         reasoner.get_parameter(f"{name}.weight").view(-1)[0] = float("nan")
     with pytest.raises(DataError, match=rf"{name}\.weight: .*holds NaN or infinity"):
         extract(models.llama(), reasoner, rank=2)
+
+
+def test_a_layer_that_gives_more_than_its_product_gets_no_factors() -> None:
+    """Llama 4's routers are a kind of nn.Linear that gives scores and logits: the direction failed at the first token."""
+    config = Llama4TextConfig(
+        vocab_size=272, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, pad_token_id=256, bos_token_id=None, eos_token_id=258,
+    )  # fmt: skip
+    base = models._filled(Llama4ForCausalLM(config), 0)  # pyright: ignore[reportPrivateUsage]
+    found = extract(base, models.moved(base), rank=2).direction
+    assert isinstance(found, Direction)
+    assert "model.layers.0.self_attn.q_proj" in found.factors
+    assert not [name for name in found.factors if "router" in name]
+    before = models.logits(base)
+    with Valve(base, models.tokenizer(), found).at(1.0) as model:
+        assert not torch.equal(models.logits(model), before)
 
 
 def test_large_matrices_keep_almost_the_optimum() -> None:
