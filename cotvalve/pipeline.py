@@ -84,6 +84,10 @@ VERBS: dict[str, Verb] = {
 """Everything that makes a run folder. The verbs are also the steps of a recipe."""
 
 
+STEPS = "steps.json"
+"""What a recipe's folder holds of its steps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step of a recipe, its settings checked."""
@@ -182,30 +186,60 @@ def run(recipe: Recipe, progress: Progress = silent) -> Iterator[tuple[str, Path
     One whose folder is gone is made again where a step that is not finished needs it, or none at all does. A step whose
     input was made anew has to be made anew as well: DataError names the folder to remove.
     """
-    record = recipe.out / "steps.json"
-    done: dict[str, Any] = read_json(record) if record.exists() else {}
-    users = {step.name: [other for other in recipe.steps if _uses(other, recipe.out / step.name)] for step in recipe.steps}
+    for step in recipe.steps:
+        if not passed_over(recipe, step):
+            begin(recipe, step)
+            end(recipe, step, VERBS[step.verb].run(step.settings, within(step.name, progress)))
+        yield step.name, Path(_record(recipe)[step.name]["made"])
+
+
+def passed_over(recipe: Recipe, step: Step) -> bool:
+    """Whether this step is done, as `run` tells it."""
+    done = _record(recipe)
 
     def finished(step: Step) -> bool:
-        known = done.get(step.name)
-        return bool(known) and known["settings"] == step.settings.model_dump(mode="json") and Path(known["made"]).exists()
+        return _as_now(done, step) and Path(done[step.name]["made"]).exists()
 
-    for step in recipe.steps:
-        settings = step.settings.model_dump(mode="json")
-        inputs = {other.name: done[other.name].get("id", "") for other in recipe.steps if other.name in done and step in users[other.name]}
-        known = done.get(step.name)
-        spent = bool(users[step.name]) and all(finished(user) for user in users[step.name])
-        if known and known["settings"] == settings and (spent or finished(step)):
-            if stale := [name for name, id in inputs.items() if id and known.get("inputs", inputs).get(name, id) not in ("", id)]:
-                raise DataError(f"{recipe.out / step.name}: was made from another '{stale[0]}', which was made anew; remove this folder, and run again")
-        else:
-            # A folder that is there is gone on in, and stays what others were made from.
-            fresh = not (recipe.out / step.name).exists()
-            made = VERBS[step.verb].run(step.settings, within(step.name, progress))
-            id = secrets.token_hex(8) if fresh else (known or {}).get("id", "")
-            done[step.name] = {"settings": settings, "made": str(made), "id": id, "inputs": inputs}
-            write_json(record, done)
-        yield step.name, Path(done[step.name]["made"])
+    users = [other for other in recipe.steps if _uses(other, recipe.out / step.name)]
+    spent = bool(users) and all(finished(user) for user in users)
+    if not (_as_now(done, step) and (spent or finished(step))):
+        return False
+    inputs = _inputs(recipe, step, done)
+    if stale := [name for name, id in inputs.items() if id and done[step.name].get("inputs", inputs).get(name, id) not in ("", id)]:
+        raise DataError(f"{recipe.out / step.name}: was made from another '{stale[0]}', which was made anew; remove this folder, and run again")
+    return True
+
+
+def begin(recipe: Recipe, step: Step) -> None:
+    """Notes that a step is being made, where its folder is not there yet: stopped on its way, it is neither done nor what it was before."""
+    if not (recipe.out / step.name).exists():
+        done = _record(recipe)
+        done[step.name] = {"settings": step.settings.model_dump(mode="json"), "made": None, "id": secrets.token_hex(8), "inputs": _inputs(recipe, step, done)}
+        write_json(recipe.out / STEPS, done)
+
+
+def end(recipe: Recipe, step: Step, made: Path) -> None:
+    """Notes that a step is done. A folder that was gone on in stays what others were made from."""
+    done = _record(recipe)
+    id = done.get(step.name, {}).get("id", "")
+    done[step.name] = {"settings": step.settings.model_dump(mode="json"), "made": str(made), "id": id, "inputs": _inputs(recipe, step, done)}
+    write_json(recipe.out / STEPS, done)
+
+
+def _record(recipe: Recipe) -> dict[str, Any]:
+    """What was noted of each step. Read each time: several recipes may have their steps in one folder."""
+    return read_json(recipe.out / STEPS) if (recipe.out / STEPS).exists() else {}
+
+
+def _as_now(done: Mapping[str, Any], step: Step) -> bool:
+    """Whether the step was made to its end, with these settings."""
+    known = done.get(step.name, {})
+    return bool(known.get("made")) and known["settings"] == step.settings.model_dump(mode="json")
+
+
+def _inputs(recipe: Recipe, step: Step, done: Mapping[str, Any]) -> dict[str, str]:
+    """The ids of what a step is made from."""
+    return {other.name: done[other.name].get("id", "") for other in recipe.steps if other.name in done and _uses(step, recipe.out / other.name)}
 
 
 def _uses(step: Step, folder: Path) -> bool:

@@ -284,3 +284,37 @@ def test_a_step_whose_input_was_made_anew_is_not_passed_over(tmp_path: Path) -> 
         go(4)
     shutil.rmtree(made["plain"])
     assert (go(4)["plain"] / "model.safetensors").read_bytes() != before
+
+
+def test_a_step_that_is_made_anew_and_stopped_is_not_done(tmp_path: Path) -> None:
+    """Its folder was there again, and the old record still said that it was done."""
+    recipe = pipeline.read(write(tmp_path, """
+common: {model: tiny, data: arithmetic, prompt: plain, device: cpu, limit: 3}
+steps:
+  mix: {verb: mix, alphas: [0], fewest: 1, max_new_tokens: 100}
+  valve: {verb: train, recipe: valve, data: $mix, batch: 2}
+"""), out=str(tmp_path / "out"))  # fmt: skip
+
+    def stopping(task: str, *_: object) -> None:
+        if task.startswith("mix"):
+            raise KeyboardInterrupt
+
+    def ids() -> dict[str, str]:
+        return {name: step["id"] for name, step in read_json(tmp_path / "out" / "steps.json").items()}
+
+    with pytest.raises(KeyboardInterrupt):
+        dict(pipeline.run(recipe, stopping))
+    made = dict(pipeline.run(recipe))
+    before = ids()
+    assert before["mix"], "stopped on its way, it has an id as well"
+    shutil.rmtree(made["mix"])
+    kept = shutil.move(made["valve"], tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        dict(pipeline.run(recipe, stopping))
+    assert made["mix"].exists()
+    assert dict(islice(pipeline.run(recipe), 1)) == {"mix": made["mix"]}
+    assert (made["mix"] / "mixchain.parquet").exists()
+    assert ids()["mix"] != before["mix"]
+    shutil.move(kept, made["valve"])
+    with pytest.raises(DataError, match="out/valve: was made from another 'mix'"):
+        dict(pipeline.run(recipe))
