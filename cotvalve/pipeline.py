@@ -204,8 +204,8 @@ def passed_over(recipe: Recipe, step: Step) -> bool:
     spent = bool(users) and all(finished(user) for user in users)
     if not (_as_now(done, step) and (spent or finished(step))):
         return False
-    inputs = _inputs(recipe, step, done)
-    if stale := [name for name, id in inputs.items() if id and done[step.name].get("inputs", inputs).get(name, id) not in ("", id)]:
+    now = inputs(recipe, step, done)
+    if stale := [name for name, id in now.items() if id and done[step.name].get("inputs", now).get(name, id) not in ("", id)]:
         raise DataError(f"{recipe.out / step.name}: was made from another '{stale[0]}', which was made anew; remove this folder, and run again")
     return True
 
@@ -214,7 +214,7 @@ def begin(recipe: Recipe, step: Step) -> None:
     """Notes that a step is being made, where its folder is not there yet: stopped on its way, it is neither done nor what it was before."""
     if not (recipe.out / step.name).exists():
         done = _record(recipe)
-        done[step.name] = {"settings": step.settings.model_dump(mode="json"), "made": None, "id": secrets.token_hex(8), "inputs": _inputs(recipe, step, done)}
+        done[step.name] = {"settings": step.settings.model_dump(mode="json"), "made": None, "id": secrets.token_hex(8), "inputs": inputs(recipe, step, done)}
         write_json(recipe.out / STEPS, done)
 
 
@@ -222,7 +222,7 @@ def end(recipe: Recipe, step: Step, made: Path) -> None:
     """Notes that a step is done. A folder that was gone on in stays what others were made from."""
     done = _record(recipe)
     id = done.get(step.name, {}).get("id", "")
-    done[step.name] = {"settings": step.settings.model_dump(mode="json"), "made": str(made), "id": id, "inputs": _inputs(recipe, step, done)}
+    done[step.name] = {"settings": step.settings.model_dump(mode="json"), "made": str(made), "id": id, "inputs": inputs(recipe, step, done)}
     write_json(recipe.out / STEPS, done)
 
 
@@ -237,7 +237,7 @@ def _as_now(done: Mapping[str, Any], step: Step) -> bool:
     return bool(known.get("made")) and known["settings"] == step.settings.model_dump(mode="json")
 
 
-def _inputs(recipe: Recipe, step: Step, done: Mapping[str, Any]) -> dict[str, str]:
+def inputs(recipe: Recipe, step: Step, done: Mapping[str, Any]) -> dict[str, str]:
     """The ids of what a step is made from."""
     return {other.name: done[other.name].get("id", "") for other in recipe.steps if other.name in done and _uses(step, recipe.out / other.name)}
 
@@ -245,7 +245,7 @@ def _inputs(recipe: Recipe, step: Step, done: Mapping[str, Any]) -> dict[str, st
 def _uses(step: Step, folder: Path) -> bool:
     """Whether one of a step's settings names this folder, or a part of it."""
     texts = [value for value in step.settings.model_dump(mode="json", exclude={"out"}).values() if isinstance(value, str)]
-    return any(re.search(rf"(^|[=,]){re.escape(str(folder))}($|[/,])", text) for text in texts)
+    return any(re.search(rf"(^|[=,])\s*{re.escape(str(folder))}\s*($|[/,])", text) for text in texts)
 
 
 def demo(out: Path, seed: int = 0, progress: Progress = silent) -> Path:

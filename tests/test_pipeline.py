@@ -318,3 +318,11 @@ steps:
     shutil.move(kept, made["valve"])
     with pytest.raises(DataError, match="out/valve: was made from another 'mix'"):
         dict(pipeline.run(recipe))
+
+
+def test_what_a_step_is_made_from_is_found_behind_a_space(tmp_path: Path) -> None:
+    """`$plus` in "A=$valve, $plus" was no input: made anew, or gone, it was not told."""
+    spaced = pipeline.read(write(tmp_path, GOOD.replace('"A=$valve,B=$plus-z/checkpoint"', '"A=$valve, $plus-z/checkpoint , mix"')))
+    done = {step.name: {"id": step.name} for step in spaced.steps}
+    inputs = {step.name: set(pipeline.inputs(spaced, step, done)) for step in spaced.steps}
+    assert inputs == {"valve": set(), "mix": {"valve"}, "mix-z": set(), "plus": {"mix"}, "plus-z": {"mix-z"}, "sweep": {"valve", "plus-z"}}
