@@ -12,6 +12,7 @@ it stopped. A recipe's fields are the flags of its verbs.
 """
 
 import importlib
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from typing import Any
 import yaml
 
 from cotvalve.errors import DataError, SettingError, unknown
-from cotvalve.records import read_json, write_json
+from cotvalve.records import read_json, sha256, write_json
 from cotvalve.settings import Settings
 from cotvalve.types import Progress, silent, within
 
@@ -184,7 +185,7 @@ def run(recipe: Recipe, progress: Progress = silent) -> Iterator[tuple[str, Path
     """Runs the steps in order; yields (step, what it made). Finished steps are passed over.
 
     One whose folder is gone is made again where a step that is not finished needs it, or none at all does. A step whose
-    input was made anew has to be made anew as well: DataError names the folder to remove.
+    input was made anew, or is a file that changed, has to be made anew as well: DataError names the folder to remove.
     """
     for step in recipe.steps:
         if not passed_over(recipe, step):
@@ -206,7 +207,7 @@ def passed_over(recipe: Recipe, step: Step) -> bool:
         return False
     now = inputs(recipe, step, done)
     if stale := [name for name, id in now.items() if id and done[step.name].get("inputs", now).get(name, id) not in ("", id)]:
-        raise DataError(f"{recipe.out / step.name}: was made from another '{stale[0]}', which was made anew; remove this folder, and run again")
+        raise DataError(f"{recipe.out / step.name}: was made from another '{stale[0]}', which was made anew or changed; remove this folder, and run again")
     return True
 
 
@@ -238,14 +239,18 @@ def _as_now(done: Mapping[str, Any], step: Step) -> bool:
 
 
 def inputs(recipe: Recipe, step: Step, done: Mapping[str, Any]) -> dict[str, str]:
-    """The ids of what a step is made from."""
-    return {other.name: done[other.name].get("id", "") for other in recipe.steps if other.name in done and _uses(step, recipe.out / other.name)}
+    """What a step is made from, and what tells whether it is still the same: the id of a step, the digest of a file."""
+    files = {name: sha256(Path(name)) for text in _texts(step) for part in text.split(",") if os.path.isfile(name := part.strip())}
+    return files | {other.name: done[other.name].get("id", "") for other in recipe.steps if other.name in done and _uses(step, recipe.out / other.name)}
 
 
 def _uses(step: Step, folder: Path) -> bool:
     """Whether one of a step's settings names this folder, or a part of it."""
-    texts = [value for value in step.settings.model_dump(mode="json", exclude={"out"}).values() if isinstance(value, str)]
-    return any(re.search(rf"(^|[=,])\s*{re.escape(str(folder))}\s*($|[/,])", text) for text in texts)
+    return any(re.search(rf"(^|[=,])\s*{re.escape(str(folder))}\s*($|[/,])", text) for text in _texts(step))
+
+
+def _texts(step: Step) -> list[str]:
+    return [value for value in step.settings.model_dump(mode="json", exclude={"out"}).values() if isinstance(value, str)]
 
 
 def demo(out: Path, seed: int = 0, progress: Progress = silent) -> Path:

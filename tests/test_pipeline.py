@@ -280,7 +280,7 @@ def test_a_step_whose_input_was_made_anew_is_not_passed_over(tmp_path: Path) -> 
     shutil.rmtree(made["pair"])
     assert go(2) == made, "what needs it is there, so it is not made again"
     assert not made["pair"].exists()
-    with pytest.raises(DataError, match="out/plain: was made from another 'pair', which was made anew; remove this folder"):
+    with pytest.raises(DataError, match="out/plain: was made from another 'pair', which was made anew or changed; remove this folder"):
         go(4)
     shutil.rmtree(made["plain"])
     assert (go(4)["plain"] / "model.safetensors").read_bytes() != before
@@ -326,3 +326,20 @@ def test_what_a_step_is_made_from_is_found_behind_a_space(tmp_path: Path) -> Non
     done = {step.name: {"id": step.name} for step in spaced.steps}
     inputs = {step.name: set(pipeline.inputs(spaced, step, done)) for step in spaced.steps}
     assert inputs == {"valve": set(), "mix": {"valve"}, "mix-z": set(), "plus": {"mix"}, "plus-z": {"mix-z"}, "sweep": {"valve", "plus-z"}}
+
+
+def test_a_step_whose_file_changed_is_not_passed_over(tmp_path: Path) -> None:
+    """A finished step's folder is not opened, so that its own check of the data's hash is not reached."""
+    data = tmp_path / "mine.jsonl"
+    one = '{"question": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}\n'
+    data.write_text(one, encoding="utf-8")
+    recipe = pipeline.read(write(tmp_path, f"steps: {{valve: {{verb: train, model: tiny, device: cpu, data: {data}}}}}"), out=str(tmp_path / "out"))
+    made = dict(pipeline.run(recipe))
+    assert dict(pipeline.run(recipe)) == made
+    data.write_text(one.replace("1", "2").replace('"2"', '"4"'), encoding="utf-8")
+    with pytest.raises(DataError, match=r"out/valve: was made from another '.*mine\.jsonl', which was made anew or changed"):
+        dict(pipeline.run(recipe))
+    data.write_text(one, encoding="utf-8")
+    assert dict(pipeline.run(recipe)) == made
+    data.unlink()
+    assert dict(pipeline.run(recipe)) == made, "finished work does not need it"
