@@ -5,7 +5,7 @@
 A free GPU takes the first step, in the order given, whose inputs are made; so put first what others wait for longest. Each
 seed has a folder, OUT/SEED, as with `cotvalve run RECIPE --out OUT/SEED --seed SEED`, and what either has finished the other
 passes over. A step that fails is told, and only what needs it is left out; the same command tries it again, and goes on
-where it was after kill -9.
+where it was after kill -9. A step whose input was made anew counts as one that failed until its folder is removed.
 """
 
 import argparse
@@ -21,13 +21,11 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from cotvalve import pipeline
-from cotvalve.errors import CotvalveError, SettingError
-from cotvalve.records import read_json, write_json
+from cotvalve.errors import CotvalveError, DataError, SettingError
 from cotvalve.types import silent
 
 Key = tuple[Path, str]
@@ -40,6 +38,8 @@ class Queue:
 
     steps: dict[Key, pipeline.Step] = field(default_factory=dict[Key, pipeline.Step])
     """In the order in which they are taken."""
+    recipes: dict[Key, pipeline.Recipe] = field(default_factory=dict[Key, pipeline.Recipe])
+    """The first that has the step."""
     needs: dict[Key, set[Key]] = field(default_factory=dict[Key, set[Key]])
     done: set[Key] = field(default_factory=set[Key])
     begun: set[Key] = field(default_factory=set[Key])
@@ -48,15 +48,25 @@ class Queue:
     def add(self, recipe: pipeline.Recipe, path: str) -> None:
         """A recipe's steps, behind those that are there; finished ones count as such."""
         fields = yaml.safe_load(pipeline.recipe_path(path).read_text(encoding="utf-8"))["steps"]
-        made = read_json(record) if (record := recipe.out / "steps.json").exists() else {}
         for step in recipe.steps:
             key = recipe.out, step.name
             if self.steps.setdefault(key, step).settings != step.settings:
                 raise SettingError(f"{path}: step '{step.name}' has other settings than a recipe before it; give it another --out")
             names = re.findall(r"\$([\w-]+)", " ".join(map(str, fields[step.name].values())))
             self.needs[key] = {(recipe.out, name) for name in names if name in fields}
-            if step.name in made and made[step.name]["settings"] == step.settings.model_dump(mode="json"):
+            # A recipe that is done needs no folder of a step that it shares; another one may.
+            if key not in self.recipes or key in self.done:
+                self._judge(key, recipe)
+            self.recipes.setdefault(key, recipe)
+
+    def _judge(self, key: Key, recipe: pipeline.Recipe) -> None:
+        """Counts a step as done, to do, or failed where its input was made anew."""
+        self.done.discard(key)
+        try:
+            if pipeline.passed_over(recipe, self.steps[key]):
                 self.done.add(key)
+        except DataError as error:
+            self.failed[key] = str(error)
 
     def next(self) -> Key | None:
         """The first step that can begin."""
@@ -65,13 +75,19 @@ class Queue:
                 return key
         return None
 
+    def begin(self, key: Key) -> pipeline.Step:
+        """Writes down what `cotvalve run` does, before and after."""
+        pipeline.begin(self.recipes[key], self.steps[key])
+        self.begun.add(key)
+        return self.steps[key]
+
     def made(self, key: Key, where: str) -> None:
-        """Writes down what `cotvalve run` does."""
-        record = key[0] / "steps.json"
-        known: dict[str, Any] = read_json(record) if record.exists() else {}
-        write_json(record, known | {key[1]: {"settings": self.steps[key].settings.model_dump(mode="json"), "made": where}})
+        """The same at the end, and what was made from another one of it is not done."""
+        pipeline.end(self.recipes[key], self.steps[key], Path(where))
         self.begun.discard(key)
         self.done.add(key)
+        for other in [other for other in self.done if key in self.needs[other]]:
+            self._judge(other, self.recipes[other])
 
 
 @dataclass
@@ -125,8 +141,7 @@ def run(queue: Queue, gpus: int) -> None:
             for worker in workers:
                 if worker.key is None and (key := queue.next()):
                     worker.key, worker.since = key, time.monotonic()
-                    queue.begun.add(key)
-                    worker.pipe.send(queue.steps[key])
+                    worker.pipe.send(queue.begin(key))
                     say(queue, worker, "begins")
             busy = [worker for worker in workers if worker.key]
             if not busy:

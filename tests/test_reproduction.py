@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -432,7 +433,7 @@ def test_steps_run_side_by_side_and_one_that_fails_holds_up_only_what_needs_it(t
     assert "nothing.jsonl" in said.err
     assert "lost-sweep: what it needs is not made" in said.err
     made = json.loads((tmp_path / "out" / "3" / "steps.json").read_text(encoding="utf-8"))
-    assert set(made) == {"valve", "first-arithmetic", "second-arithmetic"}
+    assert {name for name, step in made.items() if step["made"]} == {"valve", "first-arithmetic", "second-arithmetic"}
     assert read_parquet(tmp_path / "out" / "3" / "first-arithmetic" / "rows.parquet")
     before = (tmp_path / "out" / "3" / "valve" / "train.json").stat().st_mtime_ns
     (tmp_path / "nothing.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}) + "\n", encoding="utf-8")
@@ -440,3 +441,15 @@ def test_steps_run_side_by_side_and_one_that_fails_holds_up_only_what_needs_it(t
     assert capfd.readouterr().out.count("begins") == 2
     assert (tmp_path / "out" / "3" / "valve" / "train.json").stat().st_mtime_ns == before
     assert all(path.exists() for _, path in pipeline.run(pipeline.read(paths[1], str(tmp_path / "out" / "3"), seed=3)))
+
+    # The direction is gone, and a sweep of it: it is made anew, and the other sweeps are told to be of another one.
+    for name in ("valve", "first-arithmetic"):
+        shutil.rmtree(tmp_path / "out" / "3" / name)
+    for begins in (2, 0):
+        assert side_by_side.main(line) == 1
+        said = capfd.readouterr()
+        assert said.out.count("begins") == begins
+        assert said.err.count("not made") == 1
+        assert "second-arithmetic: was made from another 'valve', which was made anew" in said.err
+    shutil.rmtree(tmp_path / "out" / "3" / "second-arithmetic")
+    assert side_by_side.main(line) == 0
