@@ -78,8 +78,7 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
         asked = requests_for(problems, settings, valve.tokenizer, alphas, paired=True)
         rows = sample_rows(at, engine, {"": (problems, asked)}, progress)[""]
         decoding = (
-            f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to "
-            f"{settings.max_new_tokens} new tokens, {settings.samples} per question, prompt '{settings.prompt}', seed {settings.seed}"
+            f"{settings.drawn()}, up to {settings.max_new_tokens} new tokens, {settings.samples} per question, prompt '{settings.prompt}', seed {settings.seed}"
         )
         return _save(at, home, rows, {**at.facts, "decoding": decoding}, chosen_on, settings)
 

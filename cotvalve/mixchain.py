@@ -75,6 +75,14 @@ class Sampling(ModelSettings):
             asking = ", ".join(name for name, way in PROMPTS.items() if way.budgets)
             raise ValueError(f"the prompt '{self.prompt}' names no token budget; leave budget out, or take one of the prompts {asking}")
 
+    def drawn(self) -> str:
+        """How a token is drawn, in words.
+
+        >>> Sampling().drawn(), Sampling(temperature=0.6, top_p=0.95).drawn()
+        ('greedy', 'temperature 0.6, top_p 0.95')
+        """
+        return "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}" + f", top_p {self.top_p:g}" * (self.top_p < 1)
+
 
 class MixSettings(Sampling):
     """Settings of `mix`."""

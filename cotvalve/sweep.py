@@ -129,7 +129,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         **({"SFT on the short chains": f"{', '.join(short)} (eq. 2 is that SFT)"} if short else {}),
         "billions": str(billions),
         "data": ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items()),
-        "decoding": f"{'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
+        "decoding": f"{settings.drawn()}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
     }  # fmt: skip
     decisive = settings.model_dump(mode="json", exclude={"out", "engine", "gpus", "slots", "chosen_on", "data_dir", "device"})
     with Run(Path(settings.out), "sweep", decisive, facts) as at:
@@ -185,7 +185,9 @@ def finish(folder: Path, facts: Json, rows: dict[tuple[str, str], list[Json]], s
         for other, b in dials[i + 1 :]:
             if name == other:
                 tests.append(paired_over_grid(rows[name, b], rows[name, a], dataset=name, a=b, b=a, seed=settings.seed))
-    sweep = Sweep(tuple(measured), {key: str(value) for key, value in facts.items()})
+    # Said here and not when the run begins, so that reports of folders from before have it as well.
+    asked = settings.prompt + (f", budget {settings.budget}" if settings.budget else "")
+    sweep = Sweep(tuple(measured), {**{key: str(value) for key, value in facts.items()}, "prompt": asked})
     told = {"points": [asdict(p) for p in measured], "paired": [asdict(t) for t in tests], "facts": sweep.facts, "chosen_on": settings.chosen_on}
     write_json(folder / POINTS, told)
     write_parquet(folder / "rows.parquet", ({"dataset": n, "system": s, **row} for (n, s), found in rows.items() for row in found))

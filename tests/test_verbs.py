@@ -70,6 +70,7 @@ def test_a_report_is_made_again_from_the_rows_alone(tmp_path: Path) -> None:
     # Published rows have lost their texts: all but the examples is there.
     write_parquet(folder / "rows.parquet", ({k: v for k, v in row.items() if k != "text"} for row in read_parquet(folder / "rows.parquet")))
     sweep.redo(folder)
+    assert json.loads((folder / "points.json").read_text())["facts"]["prompt"] == "plain"
     again = json.loads((folder / "points.json").read_text())["points"]
     assert [(p["system"], p["alpha"], p["accuracy"]) for p in again] == [(p["system"], p["alpha"], p["accuracy"]) for p in json.loads(points)["points"]]
 
@@ -85,6 +86,7 @@ def test_a_report_made_again_says_what_the_first_one_said(tmp_path: Path) -> Non
     folder = sweep.run(settings).parent
     told = [(folder / name).read_text() for name in ("report.md", "points.json")]
     assert "come from 10 held-out questions" in told[0]
+    assert "- prompt: plain\n" in told[0]
     sweep.redo(folder)
     assert [(folder / name).read_text() for name in ("report.md", "points.json")] == told
     for left in folder.glob("rows.sqlite*"):
