@@ -80,6 +80,12 @@ def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, mo
     assert [line[3].split()[0] for line in lines] == ["100.0", "100.0", "0.0"]
     assert [line[6].split()[0] for line in lines] == ["0.0", "0.0", f"{MINUS}100.0"]
     assert all(line[7].startswith("2.00") for line in lines)
+    # A sweep of some questions only: the thirds are of those, and so is the count.
+    monkeypatch.setattr(hardness, "load", lambda *_, **__: [*nine, *(replace(one, id=f"gsm8k/test/{i}", solution="s" * 99) for i, one in enumerate(nine, 9))])
+    some = hardness.tables([tmp_path / "0"], "main", ["V"], [1.0], 99, None)
+    assert some.startswith("gsm8k, 9 questions in thirds")
+    assert [line.split(" | ")[3].split()[0] for line in some.splitlines() if line.startswith("| V")] == ["100.0", "100.0", "0.0"]
+    monkeypatch.setattr(hardness, "load", lambda *_, **__: nine)
     # By answers: the three that the dial loses are the words.
     kinds = [replace(one, kind="word" if i < 3 else "number") for i, one in enumerate(nine)]
     monkeypatch.setattr(hardness, "load", lambda *_, **__: kinds)
