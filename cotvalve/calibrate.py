@@ -7,7 +7,6 @@ questions are the held-out ones, which `train` and `mix` never see; a test set i
     cotvalve calibrate --model BASE --direction D --data gsm8k --out calibrate
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from cotvalve.problems import HELD_OUT, NAMES, load
 from cotvalve.problems import fingerprint as data_fingerprint
 from cotvalve.records import Json, Run, disk, read_json, read_parquet, write_text
 from cotvalve.repetition import loops
-from cotvalve.resampling import answers
+from cotvalve.resampling import answers, widened
 from cotvalve.settings import Alphas, NotNegative
 from cotvalve.statistics import paired, point
 from cotvalve.types import Interval, Progress, silent
@@ -142,12 +141,8 @@ def measure(
     for alpha, found in sorted(by_alpha.items()):
         at = point("dial", "held-out", alpha, found, 1.0, seed=seed)
         test = paired(found, plain, dataset="held-out", a=f"{alpha:g}", b="0", seed=seed)
-        difference = test.accuracy_difference_ci
-        if alpha != 0:
-            # Resamples of no loss show none, and of a handful too little; so many questions leave room for this much.
-            lost, gained = _changed(found, plain)
-            room = _at_most(min(lost, 5), test.problems)
-            difference = Interval(min(difference.low, 100 * (gained / test.problems - room)), difference.high)
+        # Alpha 0 differs from itself by nothing, for sure.
+        difference = widened(test.accuracy_difference_ci, *_changed(found, plain), test.problems) if alpha else Interval(0.0, 0.0)
         cut = np.array([row["finish"] == "length" for row in found])
         looping = np.array([loops(row["text"]) for row in found])
         positions.append(
@@ -176,30 +171,9 @@ def measure(
 
 
 def _changed(found: Sequence[Json], plain: Sequence[Json]) -> tuple[int, int]:
-    """Questions answered worse than at alpha 0, and better."""
+    """Questions answered better than at alpha 0, and worse."""
     here, there = answers(found, "dial").right_P_S.mean(1), answers(plain, "alpha 0").right_P_S.mean(1)
-    return int((here < there).sum()), int((here > there).sum())
-
-
-def _at_most(lost: int, questions: int) -> float:
-    """The share that may be lost where so many of these questions were: exact (Clopper-Pearson), one-sided 2.5 %.
-
-    >>> round(_at_most(0, 400), 5), round(_at_most(1, 400), 5), _at_most(3, 3)
-    (0.00918, 0.01385, 1.0)
-    """
-    if lost == questions:
-        return 1.0
-
-    def fewer(share: float) -> float:
-        """The probability of no more losses than were seen."""
-        logs = (math.lgamma(questions + 1) - math.lgamma(k + 1) - math.lgamma(questions - k + 1)
-                + k * math.log(share) + (questions - k) * math.log1p(-share) for k in range(lost + 1))  # fmt: skip
-        return sum(map(math.exp, logs))
-
-    low, high = lost / questions, 1.0
-    for _ in range(60):
-        low, high = ((low + high) / 2, high) if fewer((low + high) / 2) > 0.025 else (low, (low + high) / 2)
-    return high
+    return int((here > there).sum()), int((here < there).sum())
 
 
 def _errors(

@@ -17,6 +17,7 @@ A completion is right when grading says so and the model ended its turn: truncat
 wrong and stay in the denominator. Lengths are of completions that ran: an error has no length, not length 0.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,3 +91,38 @@ def interval(draws: Floats, estimate: float) -> Interval:
     low, high = (float(end) for end in np.quantile(draws, (0.025, 0.975)))
     # Percentiles of few, skewed problems can miss the estimate by a step; an interval has to hold it.
     return Interval(min(low, estimate), max(high, estimate))
+
+
+def widened(within: Interval, gained: int, lost: int, problems: int) -> Interval:
+    """A bootstrap interval of a difference in points, reaching to what so few changed problems cannot exclude.
+
+    Resamples of no loss show none, and of a handful too little; so many problems leave room for this much.
+
+    >>> ends = widened(Interval(0.0, 0.0), 0, 0, 400)
+    >>> round(ends.low, 2), round(ends.high, 2)
+    (-0.92, 0.92)
+    """
+    few = 5
+    low, high = gained / problems - at_most(min(lost, few), problems), at_most(min(gained, few), problems) - lost / problems
+    return Interval(min(within.low, 100 * low), max(within.high, 100 * high))
+
+
+def at_most(lost: int, questions: int) -> float:
+    """The share that may be lost where so many of these questions were: exact (Clopper-Pearson), one-sided 2.5 %.
+
+    >>> round(at_most(0, 400), 5), round(at_most(1, 400), 5), at_most(3, 3)
+    (0.00918, 0.01385, 1.0)
+    """
+    if lost == questions:
+        return 1.0
+
+    def fewer(share: float) -> float:
+        """The probability of no more losses than were seen."""
+        logs = (math.lgamma(questions + 1) - math.lgamma(k + 1) - math.lgamma(questions - k + 1)
+                + k * math.log(share) + (questions - k) * math.log1p(-share) for k in range(lost + 1))  # fmt: skip
+        return sum(map(math.exp, logs))
+
+    low, high = lost / questions, 1.0
+    for _ in range(60):
+        low, high = ((low + high) / 2, high) if fewer((low + high) / 2) > 0.025 else (low, (low + high) / 2)
+    return high

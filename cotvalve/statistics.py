@@ -13,7 +13,7 @@ import numpy as np
 
 from cotvalve.errors import DataError, SettingError
 from cotvalve.mathanswers import NOT_EQUAL
-from cotvalve.resampling import Answers, Floats, Row, answers, interval, resamples
+from cotvalve.resampling import Answers, Floats, Row, answers, interval, resamples, widened
 from cotvalve.types import Interval, Point
 
 DRAWS = 9_999
@@ -33,7 +33,7 @@ class Paired:
     accuracy_difference: float
     """a - b in percentage points."""
     accuracy_difference_ci: Interval
-    """Paired bootstrap over problems; of no width when the two sides agree on every problem."""
+    """Paired bootstrap over problems, with one completion each as wide as a handful of them that differ leave it open."""
     accuracy_p: float
     """Two-sided, from the same bootstrap."""
     only_a: int | None
@@ -201,6 +201,7 @@ def paired(
         only_a, only_b = int((difference_P > 0).sum()), int((difference_P < 0).sum())
     differences, log_ratios = _resampled_pair(left, right, seed, draws)
     accuracy_a, accuracy_b = 100 * float(left.right_P_S.mean()), 100 * float(right.right_P_S.mean())
+    ci = interval(differences, accuracy_a - accuracy_b)
     log_ratio = _log_ratio(left, right, np.ones((1, len(left.problems))))[0]
     ratio_ci = interval(log_ratios, log_ratio)
     return Paired(
@@ -209,7 +210,7 @@ def paired(
         b=b,
         problems=len(left.problems),
         accuracy_difference=accuracy_a - accuracy_b,
-        accuracy_difference_ci=interval(differences, accuracy_a - accuracy_b),
+        accuracy_difference_ci=ci if only_a is None or only_b is None else widened(ci, only_a, only_b, len(left.problems)),
         accuracy_p=_p(differences, int((left.right_P_S.mean(1) != right.right_P_S.mean(1)).sum())),
         only_a=only_a,
         only_b=only_b,
