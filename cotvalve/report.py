@@ -7,9 +7,10 @@ that would be choosing on the questions that are reported.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,16 +76,16 @@ def write_report(data: ReportData, folder: Path) -> Path:
 
 def write_figures(points: Sequence[Point], folder: Path) -> list[Path]:
     """Writes curve-<data set>.svg and .png, and dial-* where a system has a dial; returns their paths."""
-    colours = figures.palette(points)
+    colours, names = figures.palette(points), slugs(points)
     written: list[Path] = []
     for dataset, own in by_dataset(_drawable(points)).items():
-        if not _worth_a_figure(own):
+        if not _worth_a_figure(own, names):
             continue
         drawn = {"curve": figures.curve(own, colours=colours)}
         if any(point.alpha is not None for point in own):
             drawn["dial"] = figures.dial(own, colours=colours)
         for kind, figure in drawn.items():
-            written += [figures.save(figure, folder / f"{kind}-{_slug(dataset)}.{end}") for end in ("svg", "png")]
+            written += [figures.save(figure, folder / f"{kind}-{names[dataset]}.{end}") for end in ("svg", "png")]
     return written
 
 
@@ -102,7 +103,7 @@ def html(data: ReportData) -> str:
             )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        alpha=alpha_label, number=number, signed=signed, p=_p, span=span, slug=_slug, change=_change
+        alpha=alpha_label, number=number, signed=signed, p=_p, span=span, change=_change
     )
     template = environment.from_string((files("cotvalve") / "assets" / "report.html.j2").read_text(encoding="utf-8"))
     colours = figures.palette(data.points)
@@ -212,11 +213,12 @@ def _section(dataset: str, points: list[Point], data: ReportData, colours: dict[
         }
 
     shown = _drawable(points)
-    pictured = shown if _worth_a_figure(points) else []
+    pictured = shown if _worth_a_figure(points, slugs(data.points)) else []
     dials = {name: own for name, own in figures.systems(shown).items() if own[-1].alpha is not None}
     evenness = [_dial(name, own) for name, own in dials.items() if len(own) > 1]
     return {
         "name": dataset,
+        "slug": slugs(data.points)[dataset],
         "problems": max(point.problems for point in points),
         "samples": max(point.samples for point in points),
         "groups": figures.systems(points),
@@ -229,9 +231,9 @@ def _section(dataset: str, points: list[Point], data: ReportData, colours: dict[
     }
 
 
-def _worth_a_figure(points: Sequence[Point]) -> bool:
-    """False for a subset of under 100 problems: tables show its intervals, a curve would show noise."""
-    return any(point.problems >= 100 or " (" not in point.dataset for point in points)
+def _worth_a_figure(points: Sequence[Point], datasets: Container[str]) -> bool:
+    """False for a subset of under 100 problems, 'name (subset)': tables show its intervals, a curve would show noise."""
+    return any(point.problems >= 100 or point.dataset.rpartition(" (")[0] not in datasets for point in points)
 
 
 def _drawable(points: Sequence[Point]) -> list[Point]:
@@ -266,8 +268,13 @@ def table(columns: dict[str, Callable[[Item], str]], items: Sequence[Item], word
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[\W_]+", "-", name.lower()).strip("-") or "data"
+def slugs(points: Sequence[Point]) -> dict[str, str]:
+    """What files and links call each data set, which may be a file: letters and digits, and a number where two would be one."""
+    found: dict[str, str] = {}
+    for dataset in by_dataset(points):
+        plain = re.sub(r"[\W_]+", "-", dataset.lower()).strip("-") or "data"
+        found[dataset] = next(name for number in count(1) if (name := plain if number == 1 else f"{plain}-{number}") not in found.values())
+    return found
 
 
 def number(value: float, digits: int = 1) -> str:

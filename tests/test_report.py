@@ -289,6 +289,17 @@ def test_names_in_any_script_have_a_figure_of_their_own(tmp_path):
     assert {path.name for path in tmp_path.glob("*.svg")} == {"curve-задачи-jsonl.svg", "curve-вопросы-jsonl.svg"}
 
 
+def test_small_files_have_a_figure_each_whatever_they_are_called(tmp_path):
+    """A download's "mine (1).jsonl" was taken for a subset and had no figure, and names that differ by a sign drew over each other."""
+    names = ("mine.jsonl", "mine+.jsonl", "mine (1).jsonl")
+    points = tuple(made_point(alpha=None, dataset=name, problems=30) for name in names)
+    page = write_report(ReportData(title="t", points=points), tmp_path).read_text()
+    slugs = ("mine-jsonl", "mine-jsonl-2", "mine-1-jsonl")
+    assert {path.name for path in tmp_path.glob("*.svg")} == {f"curve-{slug}.svg" for slug in slugs}
+    assert all(f'<section id="{slug}">' in page for slug in slugs)
+    assert page.count("<h3>Accuracy against tokens</h3>") == 3
+
+
 def test_svg_files_are_the_same_bytes_every_time_and_carry_no_date(tmp_path):
     points = curve_points()
     first = [path.read_bytes() for path in write_figures(points, tmp_path / "one")]
