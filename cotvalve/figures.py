@@ -92,17 +92,8 @@ def curve(points: Sequence[Point], size: Size = WIDE, colours: dict[str, str] | 
         dials, others = dials + bool(dial), others + (not dial)
         _intervals(axes, own, colour)
         axes.plot([p.tokens_mean for p in dial], [p.accuracy for p in dial], color=colour, lw=1.8, zorder=3)
-        axes.plot(
-            [p.tokens_mean for p in own],
-            [p.accuracy for p in own],
-            ls="none",
-            marker=marker,
-            ms=6.5 if dial else 7.5,
-            mfc=colour,
-            mec="white",
-            mew=0.9,
-            zorder=4,
-        )
+        x, y = [p.tokens_mean for p in own], [p.accuracy for p in own]
+        axes.plot(x, y, ls="none", marker=marker, ms=6.5 if dial else 7.5, mfc=colour, mec="white", mew=0.9, zorder=4)
         marks += [_Mark(p.tokens_mean, p.accuracy, alpha_label(p.alpha), colour) for p in dial]
         names.append(_Mark(own[-1].tokens_mean, own[-1].accuracy, name, colour, bold=bool(dial)))
     axes.set_xlabel("mean tokens of a completion (log scale)")
@@ -122,20 +113,14 @@ def dial(points: Sequence[Point], size: Size = WIDE, colours: dict[str, str] | N
     names: list[_Mark] = []
     for index, (name, own) in enumerate(systems(turned).items()):
         alphas, colour = [p.alpha for p in own if p.alpha is not None], colours[name]
-        axes.fill_between(
-            alphas,
-            [p.tokens_mean_ci.low for p in own],
-            [p.tokens_mean_ci.high for p in own],
-            color=colour,
-            alpha=0.16,
-            lw=0,
-        )
+        band = [p.tokens_mean_ci.low for p in own], [p.tokens_mean_ci.high for p in own]
+        axes.fill_between(alphas, *band, color=colour, alpha=0.16, lw=0)
         tokens, marker = [p.tokens_mean for p in own], DIAL_MARKERS[index % 6]
         axes.plot(alphas, tokens, color=colour, lw=1.8, marker=marker, ms=6, mec="white")
         names.append(_Mark(alphas[-1], own[-1].tokens_mean, name, colour, bold=True))
     axes.set_xlabel("alpha")
-    axes.set_xticks(sorted({p.alpha for p in turned if p.alpha is not None}))
-    axes.set_xticklabels([alpha_label(tick) for tick in axes.get_xticks()])
+    ticks = sorted({p.alpha for p in turned if p.alpha is not None})
+    axes.set_xticks(ticks, _spaced(ticks, size))
     axes.set_title("mean tokens (log scale)", loc="left", fontsize=size.text, color=SOFT)
     _token_axis(axes, [p.tokens_mean for p in turned], "y")
     _place(figure, axes, [], names, size)
@@ -245,6 +230,18 @@ def _token_axis(axes: "Axes", tokens: Sequence[float], which: Literal["x", "y"])
         ticks = [tick for tick in MaxNLocator(4, integer=True).tick_values(low, high) if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}") for tick in ticks])
     axis.minorticks_off()
+
+
+def _spaced(alphas: Sequence[float], size: Size) -> list[str]:
+    """Labels of an axis of alphas; those that would run into others are empty, of 0, 1 and the ends last."""
+    # Points for each unit of alpha: axes take nine tenths of a figure, less the margins.
+    unit = size.width * 72 * 0.9 / 1.18 / (alphas[-1] - alphas[0] or 1)
+    half = {alpha: 0.28 * size.text * len(alpha_label(alpha)) + 1 for alpha in alphas}
+    kept: list[float] = []
+    for alpha in sorted(alphas, key=lambda alpha: (alpha not in (0, 1, alphas[0], alphas[-1]), alpha)):
+        if all(abs(alpha - other) * unit > half[alpha] + half[other] for other in kept):
+            kept.append(alpha)
+    return [alpha_label(alpha) if alpha in kept else "" for alpha in alphas]
 
 
 def _place(figure: "Figure", axes: "Axes", marks: Sequence[_Mark], names: Sequence[_Mark], size: Size) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from importlib.resources import files
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -320,6 +321,20 @@ def test_labels_lie_on_no_marker_and_on_no_other_label():
         assert not any(box.overlaps(other) for other in boxes[index + 1 :])
         for accuracy, tokens in MEASURED.values():
             assert not box.contains(*axes.transData.transform((tokens, accuracy)))
+
+
+def test_labels_of_near_alphas_do_not_run_into_one_another():
+    """The grid of `calibrate` was one black line of digits up to 0.25."""
+    near = [made_point(alpha=a, tokens=300 - 100 * a) for a in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5)]
+    for size in (figures.WIDE, figures.NARROW):
+        figure = figures.dial(near, size)
+        labels = figure.axes[0].get_xticklabels()
+        assert len(labels) == len(near), "all positions keep their ticks"
+        boxes = [label.get_window_extent() for label in labels if label.get_text()]
+        assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+        assert {"0", "1", "1.5"} <= {label.get_text() for label in labels}
+    tenths = [made_point(alpha=a / 10, tokens=300 - a) for a in (*range(11), 15, 20)]
+    assert all(label.get_text() for label in figures.dial(tenths).axes[0].get_xticklabels())
 
 
 def test_dials_that_share_a_point_share_its_label():
