@@ -230,6 +230,7 @@ def systems_tables(here: Measured, held: Measured | None, dataset: str, against:
     main = [line("", PLAIN, None, here, dataset, draws, against)]
     shortest: list[Line] = []
     prompts: list[tuple[float, Line]] = []
+    missed: list[str] = []
     for system, dial in here.systems.items():
         if system == PLAIN:
             continue
@@ -239,6 +240,7 @@ def systems_tables(here: Measured, held: Measured | None, dataset: str, against:
             if held and chosen:
                 prompts.append((rough(system, None, held.systems[system][None]).tokens_mean, main[-1]))
             continue
+        missed += [f"{system}: {rule} at {alpha_label(alpha)}" for rule, alpha in chosen.items() if alpha not in dial]
         labels: dict[float | None, list[str]] = {1.0: ["as trained"]} if 1.0 in dial else {}
         for rule, alpha in chosen.items():
             labels.setdefault(alpha, []).append(rule)
@@ -250,6 +252,8 @@ def systems_tables(here: Measured, held: Measured | None, dataset: str, against:
         main += made
         shortest += [replace(each, label="shortest") for each in made if each.point.alpha == chosen.get("shortest")]
     parts = [lines_table(main, against)]
+    if missed:
+        parts.append(f"Chosen on the held-out questions, but not run on these: {'; '.join(missed)}.")
     if prompts:
         shortest = [replace(min(prompts, key=lambda prompt: prompt[0])[1], label="shortest prompt"), *shortest]
     if shortest:

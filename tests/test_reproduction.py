@@ -148,6 +148,16 @@ def test_positions_that_nothing_chose_are_shown_and_marked_on_request(tmp_path: 
     document = reproduction.document(seeds(tmp_path), ["main"], PLAIN, 2.0, 199, at=[0.0, 0.25, 0.7]).partition("Table 8")[0]
     assert cells(document, "A", "not chosen")[2] == "0"
     assert cells(document, "A", "most accurate")[2] == "0.25"
+    assert "not run on these" not in document
+
+
+def test_a_chosen_position_that_was_not_run_is_told(tmp_path: Path) -> None:
+    """The main table was without it and without a word, under the sentence that positions were chosen."""
+    sweep(tmp_path / "0" / "main-heldout", {PLAIN: (held := rows(0.0, "++--", [200] * 4)), "A": [*held, *rows(0.5, "++--", [100] * 4), *rows(1.0, "---+", [50] * 4)]}, split="heldout")
+    sweep(tmp_path / "0" / "main-gsm8k", {PLAIN: (plain := rows(0.0, "++--", [200] * 4)), "A": [*plain, *rows(1.0, "---+", [50] * 4)]})
+    document = reproduction.document([tmp_path / "0"], [], PLAIN, 1.0, 99)
+    assert "Chosen on the held-out questions, but not run on these: A: no loss (within 1) at 0.5; A: most accurate at 0.5." in document
+    assert cells(document, "A", "as trained, shortest")
 
 
 def test_the_dial_on_paper(tmp_path: Path) -> None:
