@@ -167,9 +167,9 @@ def line(label: str, system: str, alpha: float | None, here: Measured, dataset: 
         pair = paired(pooled(seeds), pooled(base), dataset=dataset, a=system, b=against, draws=draws)
     if len(seeds) > 1:
         accuracy, tokens = drawn([seeds, base] if pair else [seeds], draws)
-        made = replace(
-            made, accuracy_ci=interval(accuracy[0], made.accuracy), tokens_mean_ci=interval(tokens[0], made.tokens_mean)
-        )
+        # Draws of answers that are all right, or all wrong, are all the same: there the interval over questions stays.
+        right = interval(accuracy[0], made.accuracy) if np.ptp(accuracy[0]) else made.accuracy_ci
+        made = replace(made, accuracy_ci=right, tokens_mean_ci=interval(tokens[0], made.tokens_mean))
         if pair:
             ends = interval(np.log(tokens[0] / tokens[1]), math.log(pair.token_ratio))
             pair = replace(
