@@ -70,7 +70,10 @@ def tables(folders: Sequence[Path], data: str, only: Sequence[str], loss: float,
     seeds = set(first.systems[PLAIN][None])
     if other := next((f"{table}: {system}" for table, system, alpha in places if set(found[table].systems[system][alpha]) != seeds), None):
         raise DataError(f"{other} is not in every folder; a folder is a seed, so give those of one recipe")
-    ids = {row["problem"] for rows in first.systems[PLAIN][None].values() for row in rows}
+    asked = {table: {row["problem"] for rows in here.systems[PLAIN][None].values() for row in rows} for table, here in found.items()}
+    ids = next(iter(asked.values()))
+    if other := next((table for table, own in asked.items() if own != ids), None):
+        raise DataError(f"table {other} has other questions of {data} than {next(iter(asked))}; name one with --table")
     lines = [line("", PLAIN, None, first, data, draws, PLAIN)]
     dials = list(dict.fromkeys(place[:2] for place in places))
     for name, own in [*((f"{table}: {system}", [p for p in places if p[:2] == (table, system)]) for table, system in dials), ("any of them", places)]:

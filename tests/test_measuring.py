@@ -1,5 +1,6 @@
 """benchmarks/agreement.py, halves.py, hardness.py, losses.py and the table of sampling.py on rows made by hand."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,14 @@ def test_a_half_is_told_at_what_the_other_half_chose(tmp_path: Path) -> None:
         halves.tables([tmp_path / "0"], "gsm8k", [], 1.0, 99, 1)
     with pytest.raises(SettingError, match="mian"):
         halves.tables([tmp_path / "0"], "asdiv", ["mian"], 1.0, 99, 1)
+    fewer = tmp_path / "0" / "other-asdiv"
+    fewer.mkdir()
+    write_parquet(fewer / "rows.parquet", [row for row in rows if row["problem"] != names[0]])
+    write_json(fewer / "run.json", {"verb": "sweep", "settings": {"split": "test", "model": "m"}, "facts": {"billions": "1"}})
+    with pytest.raises(DataError, match="table other has other questions of asdiv than main"):
+        halves.tables([tmp_path / "0"], "asdiv", [], 1.0, 99, 1)
+    assert "main: V" in halves.tables([tmp_path / "0"], "asdiv", ["main"], 1.0, 99, 1)
+    shutil.rmtree(fewer)
     second = tmp_path / "1" / "main-asdiv"
     second.mkdir(parents=True)
     write_parquet(second / "rows.parquet", [row for row in rows if row["system"] == PLAIN])
