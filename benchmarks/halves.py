@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.reproduction import Measured, Seeds, line, lines_table, read, rough  # noqa: E402
+from benchmarks.reproduction import Measured, Seeds, line, lines_table, part, questions, read, rough  # noqa: E402
 from cotvalve.baselines import PLAIN, PROMPTED  # noqa: E402
 from cotvalve.errors import CotvalveError, DataError, SettingError, unknown  # noqa: E402
 from cotvalve.figures import alpha_label  # noqa: E402
@@ -39,11 +39,6 @@ def halves(ids: set[str], seed: int) -> tuple[set[str], set[str]]:
     """
     order = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest())
     return set(order[::2]), set(order[1::2])
-
-
-def part(seeds: Seeds, ids: set[str]) -> Seeds:
-    """The rows of these questions."""
-    return {seed: [row for row in rows if row["problem"] in ids] for seed, rows in seeds.items()}
 
 
 def choice(found: dict[str, Measured], places: Sequence[Place], ids: set[str], loss: float) -> Place:
@@ -70,7 +65,7 @@ def tables(folders: Sequence[Path], data: str, only: Sequence[str], loss: float,
     seeds = set(first.systems[PLAIN][None])
     if other := next((f"{table}: {system}" for table, system, alpha in places if set(found[table].systems[system][alpha]) != seeds), None):
         raise DataError(f"{other} is not in every folder; a folder is a seed, so give those of one recipe")
-    asked = {table: {row["problem"] for rows in here.systems[PLAIN][None].values() for row in rows} for table, here in found.items()}
+    asked = {table: questions(here) for table, here in found.items()}
     ids = next(iter(asked.values()))
     if other := next((table for table, own in asked.items() if own != ids), None):
         raise DataError(f"table {other} has other questions of {data} than {next(iter(asked))}; name one with --table")

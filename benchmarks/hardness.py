@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.reproduction import Line, Measured, line, lines_table, read  # noqa: E402
+from benchmarks.reproduction import Line, Measured, line, lines_table, part, questions, read  # noqa: E402
 from cotvalve.baselines import PLAIN  # noqa: E402
 from cotvalve.errors import CotvalveError, DataError  # noqa: E402
 from cotvalve.problems import load  # noqa: E402
@@ -65,11 +65,7 @@ PARTS: dict[str, Callable[[Sequence[Problem]], dict[str, set[str]]]] = {"solutio
 
 def among(here: Measured, ids: set[str]) -> Measured:
     """What was measured on the questions `ids`."""
-    systems = {
-        system: {alpha: {seed: [row for row in rows if row["problem"] in ids] for seed, rows in seeds.items()} for alpha, seeds in dial.items()}
-        for system, dial in here.systems.items()
-    }
-    return replace(here, systems=systems)
+    return replace(here, systems={system: {alpha: part(seeds, ids) for alpha, seeds in dial.items()} for system, dial in here.systems.items()})
 
 
 def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: Sequence[float], draws: int, data_dir: str | None, by: str = "solution") -> str:
@@ -81,7 +77,7 @@ def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: 
         raise DataError(f"there is no '{missing[0]}' in table {table}; it has {', '.join(known)}")
     for dataset, here in tests.items():
         # A sweep with a limit answered some of them: thirds and counts are of those.
-        asked = {row["problem"] for rows in here.systems[PLAIN][None].values() for row in rows}
+        asked = questions(here)
         problems = [problem for problem in load(dataset, split="test", data_dir=data_dir) if problem.id in asked]
         lines: list[Line] = []
         for label, ids in PARTS[by](problems).items():

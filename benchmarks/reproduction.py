@@ -127,6 +127,16 @@ def looped(row: Json) -> bool:
     return row[LOOPS] if LOOPS in row else loops(row["text"])
 
 
+def questions(here: Measured) -> set[str]:
+    """The ids of what was asked."""
+    return {row["problem"] for rows in here.systems[PLAIN][None].values() for row in rows}
+
+
+def part(seeds: Seeds, ids: set[str]) -> Seeds:
+    """The rows of the questions `ids`."""
+    return {seed: [row for row in rows if row["problem"] in ids] for seed, rows in seeds.items()}
+
+
 def pooled(seeds: Seeds) -> list[Json]:
     """The rows of all seeds as samples of the same questions."""
     return [{**row, "sample": (seed, row["sample"])} for seed, rows in seeds.items() for row in rows]
@@ -367,18 +377,15 @@ def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: f
         if tests and against not in known:
             raise SettingError(unknown("system", against, known))
         for dataset, here in held if not tests else []:
-            asked = len({row["problem"] for rows in here.systems[PLAIN][None].values() for row in rows})
-            parts.append(f"## {name}: {asked:,} held-out training questions of {dataset}, of no test set")
+            parts.append(f"## {name}: {len(questions(here)):,} held-out training questions of {dataset}, of no test set")
             parts.append(lines_table([line("", system, alpha, here, dataset, draws, PLAIN) for system, dial in here.systems.items() for alpha in sorted(dial, key=lambda a: a or 0.0)], PLAIN))
         for dataset, here in tests.items():
             if against not in here.systems:  # it was measured on others of them only
                 continue
             plain = here.systems[PLAIN][None]
-            asked = len({row["problem"] for rows in plain.values() for row in rows})
-            parts.append(f"## {name}: {dataset}, {asked:,} questions, {len(plain)} seed{'s' * (len(plain) > 1)}")
+            parts.append(f"## {name}: {dataset}, {len(questions(here)):,} questions, {len(plain)} seed{'s' * (len(plain) > 1)}")
             for where, chosen in held:
-                count = len({row["problem"] for rows in chosen.systems[PLAIN][None].values() for row in rows})
-                parts.append(f"Positions were chosen on {count:,} held-out training questions of {where}, over all seeds together.")
+                parts.append(f"Positions were chosen on {len(questions(chosen)):,} held-out training questions of {where}, over all seeds together.")
             parts += systems_tables(here, held[0][1] if held else None, dataset, against, loss, draws, at)
             parts += dial_tables(here, dataset, against, draws)
     return "\n\n".join(parts) + "\n"

@@ -38,7 +38,7 @@ def encode(stage: Stage, tokenizer: PreTrainedTokenizerBase, ask: str, max_lengt
     too_long = 0
     weighted = any(example.weight != 1 for example in stage.examples)
     # A question is rendered once for all of its chains, and texts go to the tokenizer together, which takes all cores for
-    # them: one by one, those of 12,800 chains take 5 s, in which a GPU stands still.
+    # them: a GPU stands still meanwhile.
     asked = {question: render(tokenizer, question, how) for question in dict.fromkeys(example.problem.question for example in stage.examples)}
     starts = dict(zip(asked, _ids(tokenizer, [*asked.values()]), strict=True))
     ends = _ids(tokenizer, [target(tokenizer, asked[example.problem.question], example.chain.text, example.ended) for example in stage.examples])

@@ -207,7 +207,7 @@ class ValveTrainer(Trainer):
         model: Any = self.model
         done, count = 0, sum(map(len, parts))
         for part in parts:
-            # A third of a step's work for every example: half a minute of a large card in which nothing else is told.
+            # A third of a step's work, for all examples at once: without this line nothing would be told for long.
             self.skip.progress(self.skip.stage, 0, steps, f"how likely its chains are before: {done:,} of {count:,}")
             done += len(part)
             batch, alpha = self._batch(part)

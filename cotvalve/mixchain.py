@@ -249,6 +249,7 @@ def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings
             counts[fate] += 1
             continue
         table["right"] += 1
+        table["right tokens"] += r["tokens"]
         if (r["problem"], r["text"]) in seen:
             counts["duplicates"] += 1
             continue
@@ -257,6 +258,7 @@ def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings
     for name, chain in (solutions or {}).items():
         tables["human"]["sampled"] += 1
         tables["human"]["right"] += 1
+        tables["human"]["right tokens"] += chain.tokens
         chains[name].append(chain)
     mix: list[MixChain] = []
     for problem in problems:
@@ -268,14 +270,15 @@ def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings
         for chain in found:
             table = tables["human" if chain.alpha is None else f"{chain.alpha:g}"]
             table["kept"] += 1
-            table["tokens"] += chain.tokens
+            table["kept tokens"] += chain.tokens
     report = MixReport(
         questions=len(problems), kept_questions=len(mix), sampled=len(rows), kept=sum(len(m.chains) for m in mix),
         wrong=counts["wrong"], truncated=counts["truncated"], failed=counts["failed"],
         duplicates=counts["duplicates"], few=counts["few"],
         by_alpha={
             alpha: {"sampled": t["sampled"], "right": t["right"], "kept": t["kept"],
-                    "mean_tokens": round(t["tokens"] / t["kept"], 1) if t["kept"] else None}
+                    "mean_tokens": round(t["kept tokens"] / t["kept"], 1) if t["kept"] else None,
+                    "right_tokens": round(t["right tokens"] / t["right"], 1) if t["right"] else None}
             for alpha, t in sorted(tables.items(), key=lambda item: (item[0] == "human", float(item[0]) if item[0] != "human" else 0.0))
         },
     )  # fmt: skip

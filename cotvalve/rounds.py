@@ -8,11 +8,8 @@ in the chain or the step, where it was.
     cotvalve reward --model BASE --direction runs/progressive --data gsm8k --limit 600 --rounds 4 --out runs/reward
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal, TypeVar
 
 from cotvalve import mixchain, train
@@ -20,7 +17,7 @@ from cotvalve.direction import Direction
 from cotvalve.figures import DASH
 from cotvalve.fitting import UNDECIDED, FitSettings
 from cotvalve.mixchain import MixSettings, Sampling
-from cotvalve.records import RowStore, Run, disk, read_json, write_json, write_text
+from cotvalve.records import Run, disk, read_json, write_json, write_text
 from cotvalve.settings import Alphas, Count, NotNegative, Positive, Settings, Share
 from cotvalve.train import TrainSettings
 from cotvalve.types import Progress, Toward, silent, within
@@ -108,22 +105,6 @@ def _shared(kind: type[Own], settings: RewardSettings, **own: object) -> Own:
     return kind.read({name: value for name, value in settings.model_dump(exclude=unsaid).items() if name in kind.model_fields} | own)
 
 
-def sampled(folder: Path) -> list[tuple[float, float, str]]:
-    """By alpha the percentage of right chains that a run of `mix` sampled, and their mean tokens.
-
-    Not mix.json's, where a text counts at the smallest of its alphas alone: what another one writes too would be missing here.
-    """
-    lengths: dict[float, list[int | None]] = defaultdict(list)
-    with closing(RowStore(folder / "rows.sqlite")) as store:
-        for row in store.rows():
-            lengths[row["alpha"]].append(row["tokens"] if row["correct"] and row["finish"] == "stop" else None)
-    found: list[tuple[float, float, str]] = []
-    for alpha, tokens in sorted(lengths.items()):
-        right = [count for count in tokens if count is not None]
-        found.append((alpha, 100 * len(right) / len(tokens), f"{mean(right):.1f}" if right else DASH))
-    return found
-
-
 def run(settings: RewardSettings, progress: Progress = silent) -> Path:
     """Runs what is missing of the rounds; returns the path of `rounds.md`, beside the last round's direction."""
     folder = Path(settings.out)
@@ -137,7 +118,9 @@ def run(settings: RewardSettings, progress: Progress = silent) -> Path:
                     mixchain.run(sample, told)
                 train.run(learn, told)
             stages += read_json(last / "train.json")["stages"]
-            lines += [f"| {number} | {alpha:g} | {right:.1f} | {tokens} |" for alpha, right, tokens in sampled(Path(sample.out))]
+            found = read_json(Path(sample.out) / "mix.json")["by_alpha"]
+            # Of all right chains: `mean_tokens` are those of the set, where a text counts at the smallest of its alphas alone.
+            lines += [f"| {number} | {alpha} | {100 * t['right'] / t['sampled']:.1f} | {t.get('right_tokens') or DASH} |" for alpha, t in found.items()]
             at.note({name: str(value) for name, value in read_json(last / "run.json")["facts"].items() if name not in at.facts})
             with disk(folder):
                 Direction.load(last).save(folder)

@@ -70,8 +70,8 @@ def test_every_chain_has_one_fate_and_is_counted() -> None:
     assert (report.wrong, report.truncated, report.failed, report.duplicates, report.few) == (2, 2, 1, 1, 1)
     fates = report.kept + report.wrong + report.truncated + report.failed + report.duplicates + report.few
     assert fates == report.sampled, "no chain is dropped in silence"
-    assert report.by_alpha["0"] == {"sampled": 5, "right": 3, "kept": 2, "mean_tokens": 19.5}
-    assert report.by_alpha["1"] == {"sampled": 4, "right": 2, "kept": 2, "mean_tokens": 9.5}
+    assert report.by_alpha["0"] == {"sampled": 5, "right": 3, "kept": 2, "mean_tokens": 19.5, "right_tokens": 23.0}
+    assert report.by_alpha["1"] == {"sampled": 4, "right": 2, "kept": 2, "mean_tokens": 9.5, "right_tokens": 9.5}
     assert list(report.by_alpha) == ["0", "0.5", "1"]
 
 
@@ -82,6 +82,8 @@ def test_the_same_chain_at_several_alphas_is_that_of_the_smallest() -> None:
     assert [(c.text, c.alpha) for c in made.chains] == [("same", 0.0), ("other", 1.0)]
     assert report.duplicates == 2
     assert (report.by_alpha["0"]["kept"], report.by_alpha["0.5"]["kept"]) == (1, 0)
+    # All right ones have their length told where they were sampled: a dash for a position that others write alike would say nothing.
+    assert [(table["mean_tokens"], table["right_tokens"]) for table in report.by_alpha.values()] == [(30.0, 30.0), (None, 30.0), (10.0, 20.0)]
     (made,), _ = assemble([sampled(0, "same", 30, -1.0), *rows], PROBLEMS, MixSettings())
     assert made.chains[0].alpha == -1.0
 
@@ -106,7 +108,7 @@ def test_human_solutions_take_part_as_chains_of_their_own() -> None:
     human = {p.id: Chain(p.solution or "", 7, solution=0) for p in PROBLEMS[:2]}
     mix, report = assemble([sampled(0, "long", 30)], PROBLEMS, MixSettings(), human)
     assert [(c.text, c.alpha, c.solution) for c in mix[0].chains] == [("long", 0.5, None), ("it is 0", None, 0)]
-    assert report.by_alpha["human"] == {"sampled": 2, "right": 2, "kept": 1, "mean_tokens": 7.0}
+    assert report.by_alpha["human"] == {"sampled": 2, "right": 2, "kept": 1, "mean_tokens": 7.0, "right_tokens": 7.0}
     assert list(report.by_alpha)[-1] == "human"
 
 
