@@ -22,7 +22,7 @@ import argparse
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +49,10 @@ Dial = dict[float | None, Seeds]
 
 LOOPS = "loops"
 """Column in place of the text in published rows."""
+
+
+Place = tuple[str, str]
+"""A table and a system of it."""
 
 
 @dataclass
@@ -88,11 +92,14 @@ class Travel:
         return f"{'yes' if strict[0] else 'no'} ({sum(strict[1:])} of {len(strict) - 1} seeds)"
 
 
-def read(folders: Sequence[Path], subset: str = "") -> dict[tuple[str, str, bool], Measured]:
+def read(folders: Sequence[Path], subset: str = "", also: Mapping[Place, Place] | None = None) -> dict[tuple[str, str, bool], Measured]:
     """What was measured, by table, data set and whether its questions were held out; seeds are called by their folders.
 
-    Of test sets only the questions of `subset`, if one is named.
+    Of test sets only the questions of `subset`, if one is named. A place of `also` counts as a further seed of the other.
     """
+    also = also or {}
+    under = {name: to for (name, _), (to, _) in also.items()}
+    known: set[Place] = set()
     found: dict[tuple[str, str, bool], Measured] = {}
     for folder in folders:
         for step in sorted(path.parent for path in folder.glob("*/run.json")):
@@ -110,16 +117,33 @@ def read(folders: Sequence[Path], subset: str = "") -> dict[tuple[str, str, bool
                 if row["system"] == PLAIN:
                     row["alpha"] = None
                 fresh.setdefault((row["dataset"], row["system"], row["alpha"]), []).append(row)
+            named = step.name.partition("-")[0]
+            name, seed = under.get(named, named), f"{folder}, {named}" if named in under else str(folder)
             for (dataset, system, alpha), own in fresh.items():
-                here = found.setdefault((step.name.partition("-")[0], dataset, settings["split"] == HELD_OUT), Measured())
+                known.add((named, system))
+                if named in under and system != PLAIN:
+                    if (named, system) not in also:
+                        continue
+                    system = also[named, system][1]
+                here = found.setdefault((name, dataset, settings["split"] == HELD_OUT), Measured())
                 if here.models.setdefault(str(folder), settings["model"]) != settings["model"]:
                     raise DataError(f"{step}: measures {settings['model']}, but its table has {here.models[str(folder)]}; call the step otherwise")
                 here.billions = float(run["facts"]["billions"])
                 # Two sweeps of one table may both have the plain model: the same chains when they are greedy.
-                here.systems.setdefault(system, {}).setdefault(alpha, {}).setdefault(str(folder), own)
+                here.systems.setdefault(system, {}).setdefault(alpha, {}).setdefault(seed, own)
     if not found:
         raise DataError(f"{', '.join(map(str, folders))}: no finished sweep in it; name the --out of `cotvalve run recipes/reproduction/...`")
+    for place in {*also, *also.values()} - known:
+        raise SettingError(unknown("dial", ":".join(place), [":".join(each) for each in sorted(known) if each[1] != PLAIN]))
     return found
+
+
+def pair_of_places(told: str) -> tuple[Place, Place]:
+    """The two of "again:3 rounds=published:reward", the second first."""
+    to, _, name = (part.strip() for part in told.partition("="))
+    if not all(place.partition(":")[2] for place in (to, name)):
+        raise SettingError(f"--also {told}: give TABLE:SYSTEM=TABLE:SYSTEM")
+    return tuple(name.split(":", 1)), tuple(to.split(":", 1))  # pyright: ignore[reportReturnType]
 
 
 def looped(row: Json) -> bool:
@@ -272,7 +296,7 @@ def systems_tables(here: Measured, held: Measured | None, dataset: str, against:
 
 
 def dial_tables(here: Measured, dataset: str, against: str, draws: int) -> list[str]:
-    """Accuracy and tokens at every position, how evenly each dial travels, and all systems against one dial (the first, or --against) at its length."""
+    """Accuracy and tokens at every position, how evenly each dial travels, and all systems against one dial at its length."""
     dials = {name: dial for name, dial in here.systems.items() if None not in dial and len(dial) > 2}
     if not dials:
         return []
@@ -306,17 +330,24 @@ def dial_tables(here: Measured, dataset: str, against: str, draws: int) -> list[
         "log-length range in each tenth, %": lambda t: ", ".join(f"{round(100 * part):d}" for part in travel(t.alphas, t.tokens)),
         "largest": lambda t: f"{round(100 * max(travel(t.alphas, t.tokens), key=abs)):d}",
     }
-    parts = ["The dial:", table(columns, rows, words=1), table(how, travels, words=2)]
-    first = against if against in dials else next(iter(dials))
-    gaps = [(name, equal_length(dial, dials[first], draws)) for name, dial in here.systems.items() if name != first and 1.0 in dial]
-    if gaps:
-        above: dict[str, Callable[[tuple[str, Gap]], str]] = {
-            "system": lambda gap: gap[0],
-            f"points above {first} at equal length": lambda gap: str(gap[1]),
-            "positions": lambda gap: f"{gap[1].compared} of {gap[1].positions}",
-        }
-        parts += [f"Accuracy at equal length, mean over the positions above 0 up to 1 whose chains are as long as some of {first}'s:", table(above, gaps, words=1)]
-    return parts
+    return ["The dial:", table(columns, rows, words=1), table(how, travels, words=2), *gaps_table(here, against, draws)]
+
+
+def gaps_table(here: Measured, against: str, draws: int) -> list[str]:
+    """All systems against one dial (the first, or --against) at its length; nothing where there is no other."""
+    dials = [name for name, dial in here.systems.items() if None not in dial and len(dial) > 2]
+    if not dials:
+        return []
+    first = against if against in dials else dials[0]
+    gaps = [(name, equal_length(dial, here.systems[first], draws)) for name, dial in here.systems.items() if name != first and 1.0 in dial]
+    if not gaps:
+        return []
+    columns: dict[str, Callable[[tuple[str, Gap]], str]] = {
+        "system": lambda gap: gap[0],
+        f"points above {first} at equal length": lambda gap: str(gap[1]),
+        "positions": lambda gap: f"{gap[1].compared} of {gap[1].positions}",
+    }
+    return [f"Accuracy at equal length, mean over the positions above 0 up to 1 whose chains are as long as some of {first}'s:", table(columns, gaps, words=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,9 +392,9 @@ def equal_length(a: Dial, b: Dial, draws: int) -> Gap:
     return Gap(estimate, interval(np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])]), estimate), len(used), len(sides) - known)
 
 
-def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "", at: Sequence[float] = ()) -> str:
-    """All tables, or those named, as Markdown."""
-    found = read(folders, subset)
+def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "", at: Sequence[float] = (), also: Mapping[Place, Place] | None = None, held_out: bool = False) -> str:
+    """All tables, or those named, as Markdown; with `held_out` those of the held-out questions, whatever test set there is."""
+    found = {place: here for place, here in read(folders, subset, also).items() if place[2] or not held_out}
     names = list(dict.fromkeys(name for name, _, _ in found))
     parts: list[str] = []
     for name in only or names:
@@ -373,12 +404,13 @@ def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: f
         if len(held) > 1:
             raise DataError(f"table {name} has held-out questions of {', '.join(dataset for dataset, _ in held)}; positions are chosen on one set")
         tests = {dataset: here for (other, dataset, apart), here in found.items() if other == name and not apart}
-        known = list(dict.fromkeys(system for here in tests.values() for system in here.systems))
-        if tests and against not in known:
+        known = list(dict.fromkeys(system for here in tests.values() or [here for _, here in held] for system in here.systems))
+        if against not in known:
             raise SettingError(unknown("system", against, known))
         for dataset, here in held if not tests else []:
             parts.append(f"## {name}: {len(questions(here)):,} held-out training questions of {dataset}, of no test set")
-            parts.append(lines_table([line("", system, alpha, here, dataset, draws, PLAIN) for system, dial in here.systems.items() for alpha in sorted(dial, key=lambda a: a or 0.0)], PLAIN))
+            parts.append(lines_table([line("", system, alpha, here, dataset, draws, against) for system, dial in here.systems.items() for alpha in sorted(dial, key=lambda a: a or 0.0)], against))
+            parts += gaps_table(here, against, draws)
         for dataset, here in tests.items():
             if against not in here.systems:  # it was measured on others of them only
                 continue
@@ -451,6 +483,8 @@ def main() -> None:
     parser.add_argument("--subset", default="", help="only the questions of this part of a test set: numeric, of asdiv")
     parser.add_argument("--loss", type=float, default=1.0, help="points of held-out accuracy that 'no loss' may cost")
     parser.add_argument("--at", type=float, nargs="+", default=[], help="further alphas for the main tables, marked as not chosen")
+    parser.add_argument("--held-out", action="store_true", help="every position on the held-out questions, in place of the test sets: seeds that were measured on no other count too")
+    parser.add_argument("--also", action="append", default=[], help="TABLE:SYSTEM=TABLE:SYSTEM, where the second is a further seed of the first under another name")
     parser.add_argument("--draws", type=int, default=1999, help="bootstrap resamples")
     parser.add_argument("--figures", type=Path, help="a folder for the figures")
     parser.add_argument("--curve", action="append", default=[], help="LABEL=TABLE:SYSTEM, a dial in one figure with the other --curve ones, in place of the tables")
@@ -467,7 +501,7 @@ def main() -> None:
         if given.figures:
             for path in draw(given.folders, given.table, given.draws, given.figures):
                 print(path, file=sys.stderr)
-        print(document(given.folders, given.table, given.against, given.loss, given.draws, given.subset, given.at))
+        print(document(given.folders, given.table, given.against, given.loss, given.draws, given.subset, given.at, dict(pair_of_places(told) for told in given.also), given.held_out))
     except CotvalveError as error:
         raise SystemExit(f"reproduction: {error}") from None
 

@@ -33,7 +33,7 @@ from cotvalve.verbs import ExtractSettings
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes" / "reproduction").glob("*.yaml"))
 PROMPT = "prompt: budget 20"
-WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "many", "reward-search", "reward", "reward-math", "reward-more", "reward-loops", "reward-whole", "reward-steps", "reward-keener")
+WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "many", "reward-search", "reward", "reward-math", "reward-more", "reward-loops", "reward-whole", "reward-steps", "reward-keener", "reward-math-steps")
 """Recipes that choose on all held-out questions, and not on 300."""
 
 
@@ -158,6 +158,23 @@ def test_a_chosen_position_that_was_not_run_is_told(tmp_path: Path) -> None:
     document = reproduction.document([tmp_path / "0"], [], PLAIN, 1.0, 99)
     assert "Chosen on the held-out questions, but not run on these: A: no loss (within 1) at 0.5; A: most accurate at 0.5." in document
     assert cells(document, "A", "as trained, shortest")
+
+
+def test_a_system_of_another_table_is_a_further_seed_where_it_is_said_to_be(tmp_path: Path) -> None:
+    """In the folder of seed 0, `main` was measured as `other` too: A is B, C is nothing of it, and its plain model counts once more."""
+    folders = seeds(tmp_path)
+    plain = rows(0.0, "+++-", [100, 200, 300, 400])
+    sweep(folders[0] / "other-gsm8k", {PLAIN: plain, "B": [*plain, *rows(0.5, "----", [60] * 4)], "C": [*plain, *rows(0.5, "++++", [60] * 4)]})
+    also = dict([reproduction.pair_of_places("main:A = other:B")])
+    document = reproduction.document(folders, ["main"], PLAIN, 1.0, 199, also=also)
+    assert cells(document, "plain model")[-1] == "50.0, 75.0, 50.0"
+    assert cells(document, "A", "no loss (within 1)")[-1] == "75.0, 0.0, 50.0"
+    assert ("3 seeds" in document, "| C" in document) == (True, False)
+    with pytest.raises(SettingError, match=r"unknown dial 'other:D': .* other:B, other:C"):
+        reproduction.document(folders, [], PLAIN, 1.0, 9, also=dict([reproduction.pair_of_places("main:A=other:D")]))
+    for told in ("main:A", "main=other:B", "main:A=other"):
+        with pytest.raises(SettingError, match="give TABLE:SYSTEM=TABLE:SYSTEM"):
+            reproduction.pair_of_places(told)
 
 
 def test_the_dial_on_paper(tmp_path: Path) -> None:
@@ -332,6 +349,21 @@ def test_what_was_measured_on_held_out_questions_only_has_a_table_that_says_so(t
     assert "| round 4 |  | 1 | 75.0 [" in found
     assert "| 4.00 [" in found
     assert found.count("| plain model |") == 1
+
+
+def test_held_out_questions_alone_are_compared_with_another_system_too(tmp_path: Path) -> None:
+    plain = rows(0.0, "+-++", [200] * 4)
+    one = [*plain, *rows(0.5, "++++", [150] * 4), *rows(1.0, "++++", [100] * 4)]
+    sweep(tmp_path / "0" / "ra-heldout", {PLAIN: plain, "one": one, "two": [*plain, *rows(1.0, "+---", [100] * 4)]}, split="heldout")
+    found = reproduction.document([tmp_path / "0"], [], "one", 1.0, 99)
+    assert cells(found, "two", "", "1")[6].startswith("-75.0 [")
+    assert cells(found.partition("equal length, mean")[2], "two")[1].startswith("-75.0 [")
+    with pytest.raises(SettingError, match="unknown system 'three'"):
+        reproduction.document([tmp_path / "0"], [], "three", 1.0, 9)
+    sweep(tmp_path / "0" / "ra-gsm8k", {PLAIN: plain, "one": one})
+    asked = reproduction.document([tmp_path / "0"], [], "one", 1.0, 99, held_out=True)
+    assert asked == found
+    assert reproduction.document([tmp_path / "0"], [], "one", 1.0, 99) != found
 
 
 def test_a_part_of_a_test_set_has_tables_of_its_own(tmp_path: Path) -> None:
