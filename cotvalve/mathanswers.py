@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cotvalve.values import Unreadable, clock, number, phrase, ratio, same_clock, same_number
+from cotvalve.values import Unreadable, clock, number, phrase, plain_digits, ratio, same_clock, same_number
 
 Algebra = Callable[[str, str], str]
 """(gold, given) -> empty when equal, else the reason why not."""
@@ -71,6 +71,7 @@ _HALF = re.compile(r"[a-zA-Z]\s{0,3}(<|>|\\leq|\\geq)(.{1,80})")
 
 def spelled(text: str) -> str:
     """`text` in one spelling of LaTeX; what it means is unchanged."""
+    text = plain_digits(text)
     for pattern, into in _SPELLING:
         text = pattern.sub(into, text)
     return text.strip().rstrip(".").strip()

@@ -5,6 +5,7 @@ Nothing can hang or bloat: patterns are possessive, answers and numbers have a g
 """
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -57,7 +58,7 @@ _CLEANING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ)|\\degrees?(?![a-zA-Z])|°", " "),
         (r"(?<=\d)\^?\{?(?:th|st|nd|rd)\}?(?![a-zA-Z])", ""),
         (r"(?<=\d)\s{0,3}([ap])\.\s?m\b\.?", r" \1m"),
-        (r"\\?[$€£]|\\[,;:!()\[\] ]|\\quad|\\q?quad", " "),
+        (r"\\?[$€£¥₹₩¢]|\\[,;:!()\[\] ]|\\quad|\\q?quad", " "),
         (r"\\%", "%"),
         (r"^\s{0,9}-\s{1,9}(?=[\d.\\])", "-"),
         (r"-\s?\(\s?([\d./]{1,40})\s?\)", r"-\1"),
@@ -65,7 +66,10 @@ _CLEANING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _UNIT_LETTERS = frozenset("amgshlLJNWVKCF")
 """Single letters that may stand beside a number: 'a' and the common units. 5x, 2n and 3i are not numbers."""
-_LEFTOVER = re.compile(r"(?:[A-Za-z]++\s?(?:\^\{?[23]\}?|[²³])?|[\s%().,;:'\"?/&\-²³])*+")
+_WORDS = re.compile(r"(?:(?![⁰¹²³⁴-⁹])[^\W\d_])++")
+_LEFTOVER = re.compile(rf"(?:{_WORDS.pattern}\s?(?:\^\{{?[23]\}}?|[²³])?|[\s%().,;:'\"?/&\-²³])*+")
+_CHARACTERS = "\u2e80"
+"""From here on scripts write a word with one sign: 42个 is a number with its unit."""
 
 
 _DIFFERENCE = re.compile(r"(?<![A-Za-z])[A-Za-z]\s*+-\s*+$"), re.compile(r"\s++-\s++[A-Za-z](?![A-Za-z])")
@@ -78,9 +82,25 @@ _GROUPS = re.compile(r"[-$\s]*\d{1,3}(?:[ ~]\d{3})++(?:\.\d++)?[%A-Za-z\s]*")
 """Nothing but a number whose thousands stand apart: "9 500". In a sentence that may be two numbers ("2 500 ml bottles")."""
 
 
+_POWER = re.compile(r"(?<=\d)[⁰¹²³⁴-⁹⁺⁻]++")
+_FRACTION = re.compile(r"(?P<whole>(?<=\d)\s?)?[¼½¾⅐-⅞]")
+
+
+def plain_digits(text: str) -> str:
+    """`text` with its raised digits and one-sign fractions written out: '5²' is no 5, and '2½' no 2.
+
+    >>> plain_digits("2½ of 5², -½ m²")
+    '2 1/2 of 5^{2}, -1/2 m²'
+    """
+    text = _POWER.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised[0])}}}", text)
+    return _FRACTION.sub(
+        lambda sign: ("" if sign["whole"] is None else " ") + unicodedata.normalize("NFKC", sign[0].strip()).replace("\u2044", "/"), text
+    )
+
+
 def clean(text: str) -> str:
     """`text` with the typography of LaTeX, Markdown and Unicode taken away from its numbers."""
-    text = text.translate(_MINUS)
+    text = plain_digits(text).translate(_MINUS)
     for pattern, into in _CLEANING:
         text = pattern.sub(into, text)
     return text
@@ -143,9 +163,11 @@ def number(text: str, *, units: bool = True) -> Number:
     plain = clean(text).strip().rstrip(".").strip()
     if units and (hour := _FULL_HOUR.fullmatch(plain)):
         return Number(Fraction(hour[1]))
-    plain = re.split(r"\\approx|≈", plain)[0] or plain
+    # The exact value stands before the sign: what is behind it is read where nothing else is a number.
+    plain = next((part for part in re.split(r"\\approx|≈", plain) if NUMBER.search(part)), plain)
     if "=" in plain and units:
         plain = plain.rsplit("=", 1)[1]
+    plain = re.sub(r"^\s*\+\s*(?=[\d.\\])", "", plain)
     if _GROUPS.fullmatch(plain):
         plain = re.sub(r"(?<=\d)[ ~](?=\d)", "", plain)
     found = list(NUMBER.finditer(plain))
@@ -153,9 +175,10 @@ def number(text: str, *, units: bool = True) -> Number:
         raise Unreadable("no number in it" if not found else "more than one number in it")
     before, behind = plain[: found[0].start()], plain[found[0].end() :]
     rest = f"{before} {behind}"
-    words = re.findall(r"[A-Za-z]+", rest)
+    words = _WORDS.findall(rest)
     strange = bool(_DIFFERENCE[0].search(before) or _DIFFERENCE[1].match(behind))
-    strange = strange or not _LEFTOVER.fullmatch(rest) or any(len(word) == 1 and word not in _UNIT_LETTERS for word in words)
+    strange = strange or not _LEFTOVER.fullmatch(rest) or "π" in rest
+    strange = strange or any(len(word) == 1 and word not in _UNIT_LETTERS and word < _CHARACTERS for word in words)
     if strange or (not units and words and not re.fullmatch(r"\s+[a-z]{4,}[\sa-z]*", rest)):
         raise Unreadable("not a plain number")
     scale = SCALE.match(plain, found[0].end())
