@@ -60,6 +60,10 @@ def disk(path: Path) -> Generator[None]:
         if "full" not in str(error) and "disk I/O" not in str(error):
             raise
         raise DataError(f"{path}: the disk is full ({error}); free some space and run the same command again") from error
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:  # a doubled key is a bug of ours
+            raise
+        raise DataError(f"{path}: damaged ({error}); put a whole copy back, or remove the folder and begin anew") from error
     except (RuntimeError, SafetensorError) as error:
         if not any(words in str(error) for words in FULL):
             raise
@@ -106,7 +110,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except NOT_THERE:
         raise DataError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets in thousands
         raise DataError(f"{path}: not readable as JSON ({error})") from None
 
 
@@ -127,6 +131,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
                     value = json.loads(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}: row {number} is not JSON ({error.msg} at column {error.colno})") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands
+                    raise DataError(f"{path}: row {number} cannot be read ({str(error).partition(';')[0]})") from None
                 if b"\\ud" in line.lower() and (half := _half_a_character(value)):
                     raise DataError(f"{path}: row {number} holds {half}, half of a character: no text can hold it; mend or remove it")
                 if not isinstance(value, dict):
@@ -205,17 +211,18 @@ class RowStore:
 
     def keys(self) -> set[str]:
         """Keys of all finished rows."""
-        return {key for (key,) in self._db.execute("SELECT key FROM rows")}
+        with disk(self.path):
+            return {key for (key,) in self._db.execute("SELECT key FROM rows")}
 
     def rows(self, prefix: str = "") -> list[Json]:
         """All finished rows whose key starts with `prefix`, by key."""
-        found = self._db.execute(
-            "SELECT value FROM rows WHERE substr(key, 1, ?) = ? ORDER BY key", (len(prefix), prefix)
-        )
+        with disk(self.path):
+            found = self._db.execute("SELECT value FROM rows WHERE substr(key, 1, ?) = ? ORDER BY key", (len(prefix), prefix)).fetchall()
         return [json.loads(value) for (value,) in found]
 
     def __len__(self) -> int:
-        return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
+        with disk(self.path):
+            return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
 
     def close(self) -> None:
         """Folds the write-ahead log into the file and closes it."""

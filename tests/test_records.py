@@ -91,7 +91,10 @@ def test_only_a_full_disk_is_called_a_full_disk(tmp_path: Path) -> None:
         ('{"a": 1}\n"text"\n', "row 2 is str"),
         ("", "no rows in it"),
         ("\n  \n", "no rows in it"),
+        ('{"a": 1}\n{"a": ' + "7" * 5000 + "}\n", r"row 2 cannot be read \(Exceeds the limit \(4300 digits\) .* has 5000 digits\)$"),
+        ("[" * 100_000 + "\n", "row 1 cannot be read .maximum recursion depth"),
     ],
+    ids=lambda text: text[:12],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 def test_bad_json_lines_name_the_row(tmp_path: Path, name: str, text: str, says: str) -> None:
@@ -125,6 +128,9 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     for read in (read_json, lambda path: list(read_jsonl(path))):
         with pytest.raises(DataError, match="missing: no such file"):
             read(tmp_path / "missing")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.json: not readable as JSON"):
+        read_json(tmp_path / "deep.json")
     (tmp_path / "cut.json").write_text('{"a": [1, ')
     with pytest.raises(DataError, match=r"cut\.json: not readable as JSON"):
         read_json(tmp_path / "cut.json")
@@ -297,6 +303,20 @@ def test_a_run_that_did_nothing_does_not_keep_its_folder(tmp_path: Path) -> None
     write_json(tmp_path / "trained" / "run.json", {"verb": "train", "settings": {"rank": 1}, "facts": {}})
     with pytest.raises(DataError, match="rank=1"):
         Run(tmp_path / "trained", "train", {"rank": 2})
+
+
+def test_damaged_rows_are_told_in_a_line(tmp_path: Path) -> None:
+    with Run(tmp_path / "a", "mix", {}) as at:
+        for number in range(200):
+            at.rows.add(str(number), {"text": "x" * 100})
+    whole = (tmp_path / "a" / "rows.sqlite").read_bytes()
+    (tmp_path / "b").mkdir()
+    for damaged in (b"no database at all", whole[:4096] + b"U" * (len(whole) - 4096)):
+        (tmp_path / "b" / "rows.sqlite").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"rows\.sqlite: damaged \(.*\); put a whole copy back, or remove the folder"):
+            RowStore(tmp_path / "b" / "rows.sqlite").rows()
+    with pytest.raises(sqlite3.IntegrityError), contextlib.closing(RowStore(tmp_path / "a" / "rows.sqlite")) as store:
+        store.add("1", {})
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
