@@ -272,6 +272,8 @@ class Run:
 
     def _open(self, record: Path, verb: str, settings: Json, facts: Json) -> None:
         folder = self.folder
+        for half in folder.glob(f".{record.name}.*"):  # of a process that was killed while it wrote the record
+            half.unlink()
         found: Json = read_json(record) if record.exists() else {}
         if not found and any(folder.iterdir()):
             raise DataError(f"{folder}: not empty and not a run folder; name another --out")

@@ -305,6 +305,14 @@ def test_a_run_that_did_nothing_does_not_keep_its_folder(tmp_path: Path) -> None
         Run(tmp_path / "trained", "train", {"rank": 2})
 
 
+def test_a_run_killed_while_it_wrote_its_record_goes_on(tmp_path: Path) -> None:
+    """What it left was told as "not empty and not a run folder"."""
+    (tmp_path / ".run.json.x7k2").write_text('{"verb": "mi')
+    with Run(tmp_path, "mix", {}) as at:
+        at.rows.add("1", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.sqlite", "run.json"]
+
+
 def test_damaged_rows_are_told_in_a_line(tmp_path: Path) -> None:
     with Run(tmp_path / "a", "mix", {}) as at:
         for number in range(200):
