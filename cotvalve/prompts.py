@@ -92,11 +92,15 @@ def render_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Map
 
     Raises SettingError for an order of roles that the chat template refuses.
     """
+    _check_template(tokenizer)
+    return _templated(tokenizer, messages, add_generation_prompt=True)
+
+
+def _templated(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
-    _check_template(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:
         raise SettingError(f"the model's chat template refuses these messages: {error}") from None
 
@@ -113,7 +117,9 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", _template: str, eos: str 
     # The template is there for the cache: a tokenizer may be given another one.
     mark = "cotvalve-end-of-turn-probe"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": mark}]
-    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
+    # A template that leaves the model's turns out has no end of them.
+    _, found, after = _templated(tokenizer, turns, add_generation_prompt=False).rpartition(mark)
+    after = after if found else ""
     for token in [*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())]:
         if token and after.lstrip().startswith(token):
             return token

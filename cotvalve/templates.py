@@ -32,7 +32,7 @@ def put(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     elif source.endswith((".jinja", ".j2")):
         if not Path(source).is_file():
             raise DataError(f"{source}: no such file; expected a chat template in Jinja")
-        template = Path(source).read_text(encoding="utf-8")
+        template = _read(Path(source), tokenizer)
     else:
         other = checkpoints.load_tokenizer(source)
         if other.chat_template is None:
@@ -46,3 +46,16 @@ def put(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
             "model with the same tokens, or 'plain'"
         )
     tokenizer.chat_template = template
+
+
+def _read(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        template = path.read_text(encoding="utf-8")
+        _ = tokenizer.apply_chat_template([{"role": "user", "content": "q"}], chat_template=template, tokenize=False)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); expected a chat template in Jinja") from None
+    except TemplateSyntaxError as error:
+        raise DataError(f"{path}: not a chat template in Jinja ({error.message}, line {error.lineno})") from None
+    return template

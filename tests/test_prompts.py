@@ -100,8 +100,10 @@ def test_a_base_model_without_a_chat_template_is_refused() -> None:
         (LLAMA, ["<|eot_id|>", "<|start|>", "<|end|>", "<|bos|>"], "<|eot_id|>"),
         (R1, ["<|User|>", "<|Assistant|>", "<|eos|>", "</think>"], "<|eos|>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", [], "<|im_end|>"),  # no mark: the eos token
+        # The model's turns are left out: the mark that begins the user's turn was taken for their end.
+        ("<|im_start|>{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", [], "<|im_end|>"),
     ],
-    ids=["ChatML", "Llama", "R1", "none"],
+    ids=["ChatML", "Llama", "R1", "none", "user only"],
 )
 def test_the_end_of_a_turn_is_read_off_the_template(template: str | None, extra: list[str], mark: str) -> None:
     made = tokenizer(template, extra)
@@ -118,6 +120,14 @@ def test_another_template_has_another_end() -> None:
     assert end_of_turn(made) == "<|im_end|>"
     made.chat_template = LLAMA
     assert end_of_turn(made) == "<|eot_id|>"
+
+
+def test_a_template_that_cannot_be_filled_in_is_told_in_a_line() -> None:
+    """Engines ask for the end of a turn before a question is rendered: they ended with Jinja's traceback."""
+    for template in ("{% for m in messages", "{{ raise_exception('no') }}"):
+        made = tokenizer(template)
+        with pytest.raises(SettingError, match="the model's chat template refuses these messages"):
+            end_of_turn(made)
 
 
 def test_no_end_at_all_is_an_error() -> None:

@@ -62,6 +62,12 @@ def test_what_is_no_template_is_refused(tmp_path: Path, base: Path) -> None:
     tokenizer = load_tokenizer(base)
     with pytest.raises(DataError, match=r"nowhere\.jinja: no such file"):
         templates.put(tokenizer, str(tmp_path / "nowhere.jinja"))
+    (tmp_path / "open.jinja").write_text("{% for m in messages %}\n{{ m.content")
+    with pytest.raises(DataError, match=r"open\.jinja: not a chat template in Jinja \(unexpected end of template.*, line 2\)"):
+        templates.put(tokenizer, str(tmp_path / "open.jinja"))
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"bytes\.jinja: not UTF-8 text"):
+        templates.put(tokenizer, str(tmp_path / "bytes.jinja"))
     with pytest.raises(DataError, match="base: its tokenizer has no chat template"):
         templates.put(tokenizer, str(base))
     with pytest.raises(DataError, match="no such folder"):
