@@ -234,7 +234,7 @@ def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings
     """MixChain from graded rows: wrong, truncated, failed and repeated chains dropped and counted.
 
     The same text at several alphas is one chain, of the smallest of them. `solutions` maps a problem's id to its
-    human-written chain, where those take part.
+    human-written chain, where those take part and the model did not write the same.
     """
     counts: Counter[str] = Counter()
     tables: dict[str, Counter[str]] = defaultdict(Counter)
@@ -259,7 +259,8 @@ def assemble(rows: Sequence[Json], problems: Sequence[Problem], how: MixSettings
         tables["human"]["sampled"] += 1
         tables["human"]["right"] += 1
         tables["human"]["right tokens"] += chain.tokens
-        chains[name].append(chain)
+        if (name, chain.text) not in seen:
+            chains[name].append(chain)
     mix: list[MixChain] = []
     for problem in problems:
         found = sorted(chains[problem.id], key=lambda chain: (-chain.tokens, chain.text))

@@ -112,6 +112,15 @@ def test_human_solutions_take_part_as_chains_of_their_own() -> None:
     assert list(report.by_alpha)[-1] == "human"
 
 
+def test_a_solution_that_the_model_writes_itself_is_one_chain() -> None:
+    """A dial that was learned from solutions writes them word for word: eq. 4 gave one text two lengths, a token apart, and two betas."""
+    human = {p.id: Chain(p.solution or "", 7, solution=0) for p in PROBLEMS[:2]}
+    (made,), report = assemble([sampled(0, "long", 30), sampled(0, "it is 0", 8, 1.0), sampled(1, "it is 1", 8)], PROBLEMS, MixSettings(), human)
+    assert [(c.text, c.tokens, c.alpha) for c in made.chains] == [("long", 30, 0.5), ("it is 0", 8, 1.0)]
+    assert (report.kept, report.few, report.duplicates) == (2, 1, 0)
+    assert (report.by_alpha["human"]["right"], report.by_alpha["human"]["kept"]) == (2, 0)
+
+
 def test_nothing_right_says_what_to_do() -> None:
     mix, report = assemble([sampled(0, "no", 5, correct=False)], PROBLEMS, MixSettings())
     assert (mix, report.kept, report.by_alpha["0.5"]["mean_tokens"]) == ([], 0, None)
