@@ -164,12 +164,15 @@ def demo(
 
 
 @app.command("report")
-def report(run: Annotated[str, typer.Argument(help="Run folder of sweep, mix or calibrate.")]) -> None:
+def report(
+    run: Annotated[str, typer.Argument(help="Run folder of sweep, mix or calibrate.")],
+    data_dir: Annotated[str | None, typer.Option(help="Folder with local copies of the data sets.")] = None,
+) -> None:
     """Figures, HTML and Markdown again from a finished sweep's rows; the tables of mix, reward and calibrate."""
     from cotvalve.sweep import redo
 
     tables = [path for name in ("mix.md", "calibration.md", "rounds.md") if (path := Path(run) / name).is_file()]
-    _done(tables[0] if tables else redo(Path(run)))
+    _done(tables[0] if tables else redo(Path(run), data_dir))
 
 
 @data_app.command("list")

@@ -63,17 +63,18 @@ def problems_of(settings: SweepSettings) -> dict[str, list[Problem]]:
     return found
 
 
-def redo(folder: Path) -> Path:
+def redo(folder: Path, data_dir: str | None = None) -> Path:
     """Points, tables and report again from a run folder's rows; nothing is sampled.
 
-    Reads `rows.sqlite`, or `rows.parquet` in a folder that was published without it.
+    Reads `rows.sqlite`, or `rows.parquet` in a folder that was published without it. A folder of data sets is none of a
+    run's settings, so `data_dir` names it here as well.
     """
     found = read_json(folder / "run.json")
     if found["verb"] != "sweep":
         raise DataError(f"{folder}: holds a run of '{found['verb']}', not 'sweep'; name a sweep's folder")
     # No setting of the run, since the same chains may be reported with another: it stands beside the points.
     said = read_json(folder / POINTS).get("chosen_on", "") if (folder / POINTS).exists() else ""
-    settings = SweepSettings.read({**found["settings"], "chosen_on": said, "out": str(folder)})
+    settings = SweepSettings.read({**found["settings"], "chosen_on": said, "data_dir": data_dir, "out": str(folder)})
     rows: dict[tuple[str, str], list[Json]] = {}
     sets = problems_of(settings)
     asked, directions = [PLAIN, *(other.name for other in baselines_of(settings))], named_directions(settings.direction)

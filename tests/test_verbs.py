@@ -1,6 +1,7 @@
 """extract, fuse and sweep on the embedded models, as a user runs them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_a_report_made_again_says_what_the_first_one_said(tmp_path: Path) -> Non
         left.unlink()
     sweep.redo(folder)
     assert [(folder / name).read_text() for name in ("report.md", "points.json")] == told
+
+
+def test_a_report_reads_its_data_where_the_sweep_did(tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knew no --data-dir: the finished sweep of a folder of data was looked for on the hub, and its one line named --data-dir."""
+    monkeypatch.delenv("COTVALVE_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text('{"question": "2 + 3?", "answer": "so #### 5"}\n')
+    where = ("--data-dir", str(tmp_path / "data"))
+    line = ("sweep", "--data", "gsm8k", "--prompt", "plain", "--max-new-tokens", "4", "--out", str(tmp_path / "s"))
+    assert command(*line, *where)[0] == 0
+    (tmp_path / "s" / "report.html").unlink()
+    code, said = command("report", str(tmp_path / "s"), *where)
+    assert (code, said) == (0, "")
+    assert (tmp_path / "s" / "report.html").exists()
 
 
 def test_a_sweep_that_has_not_ended_is_not_drawn(tmp_path: Path) -> None:
