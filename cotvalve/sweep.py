@@ -105,7 +105,8 @@ def _chains(settings: SweepSettings, sets: dict[str, list[Problem]]) -> int:
 def baselines_of(settings: SweepSettings) -> list[Baseline]:
     """The prompt baselines that the settings name, a budget prompt once for each budget."""
     budgets = [_whole(part) for part in settings.budgets.split(",") if part.strip()]
-    return baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
+    asked = baselines([part.strip() for part in settings.baselines.split(",") if part.strip()], budgets)
+    return list({other.name: other for other in asked}.values())  # given twice it is run once
 
 
 def run(settings: SweepSettings, progress: Progress = silent) -> Path:

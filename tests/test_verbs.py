@@ -111,6 +111,15 @@ def test_a_report_reads_its_data_where_the_sweep_did(tmp_path: Path, command: Ca
     assert (tmp_path / "s" / "report.html").exists()
 
 
+def test_a_baseline_that_is_named_twice_is_run_and_counted_once(tmp_path: Path) -> None:
+    """It was sampled once and counted twice: `report` took the finished sweep for a stopped one."""
+    settings = sweep.SweepSettings(
+        model="tiny-reasoner", data="arithmetic", prompt="plain", limit=2, max_new_tokens=4, baselines="budget,budget", budgets="50,50", out=str(tmp_path / "s"),
+    )  # fmt: skip
+    assert [other.name for other in sweep.baselines_of(settings)] == ["prompt: budget 50"]
+    sweep.redo(sweep.run(settings).parent)
+
+
 def test_a_sweep_that_has_not_ended_is_not_drawn(tmp_path: Path) -> None:
     """Short chains end first: their table would flatter, and be taken for a finished sweep's."""
     settings = sweep.SweepSettings(
