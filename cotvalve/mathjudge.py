@@ -9,6 +9,7 @@ thread and after a fork.
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from cotvalve.errors import EngineError
 SECONDS = 4.0
 """What one grade may cost in all. The slowest of MATH-500's answers takes 0.2 s; a new worker, 1 s more."""
 START_SECONDS = 120.0
+ABANDONED_SECONDS = 60
+"""A worker that still evaluates then has lost the process that asked, which would have ended it."""
 MEMORY = 2 << 30
 """Bytes of address space the worker may use."""
 
@@ -66,6 +69,7 @@ class Judge:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+            process_group=0,  # a Ctrl-C at the terminal is for this process, which has chains to grade before it ends
         )
         if not self._exchange("", START_SECONDS):
             raise EngineError(
@@ -181,12 +185,14 @@ def main() -> None:
     answers.flush()
     for line in sys.stdin:
         question = json.loads(line)
+        signal.alarm(ABANDONED_SECONDS)  # nothing handles it: the kernel ends this process, whatever it computes
         try:
             gold = parse(f"${question['gold']}$", parsing_timeout=0)
             given = parse(f"${question['given']}$", parsing_timeout=0)
             reason = NOT_READ if not given else "" if verify(gold, given, timeout_seconds=0) else NOT_EQUAL
         except (MemoryError, RecursionError):
             reason = FAILED
+        signal.alarm(0)
         answers.write(json.dumps({"reason": reason}) + "\n")
         answers.flush()
 

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -156,6 +158,28 @@ def test_grading_goes_on_after_a_hostile_answer_and_after_a_killed_worker() -> N
     worker.kill()
     worker.wait()
     assert grade(("\\sqrt{20}", "math"), "\\boxed{2\\sqrt{5}}").correct
+
+
+@pytest.mark.usefixtures("_warm")
+def test_ctrl_c_is_for_the_process_that_samples_and_not_for_its_worker() -> None:
+    """At a terminal it reached both: the run ended with "the math-verify worker did not start", and the chains that waited for a grade were lost."""
+    worker = mathjudge._judge._process
+    assert worker is not None
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
+
+
+def test_a_worker_whose_run_was_killed_ends_by_itself() -> None:
+    """It computed 9^9^9^9 on a core of its own for as long as the machine was up."""
+    code = "from cotvalve import mathjudge; mathjudge.ABANDONED_SECONDS = 1; mathjudge.main()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert worker.stdin
+        worker.stdin.write(b'{"gold": "7", "given": "9^{9^{9^9}}"}\n')
+        worker.stdin.flush()
+        assert worker.wait(60) == -signal.SIGALRM
+    finally:
+        worker.kill()
+        worker.communicate()
 
 
 def test_a_pair_that_ran_out_of_a_shared_deadline_is_not_remembered_as_wrong() -> None:
