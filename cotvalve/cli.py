@@ -133,7 +133,7 @@ def run_recipe(
     out: Annotated[str | None, typer.Option(help="Folder for all steps; by default the recipe's.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with local copies of the data sets.")] = None,
     model: Annotated[str | None, typer.Option(help="Another model than the recipe's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's, for all steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's, for all steps that have none of their own.")] = None,
 ) -> None:
     """The whole pipeline from one file: train, mix, train again, sweep; goes on where it stopped."""
     from cotvalve import pipeline
