@@ -110,10 +110,23 @@ class Recipe:
     """For plans made without the models and the data at hand: `models`, `data` and `steps` (plan.py reads them)."""
 
 
+class _EachOnce(yaml.SafeLoader):
+    """YAML in which a name stands once: of two steps of one name the first would be gone without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe: a path, or the name of one that comes with the package."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.exists():
+    if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     here = [Path(str(files("cotvalve") / "assets" / "recipes")), Path(__file__).parent.parent / "recipes"]
     known = {found.stem: found for folder in here if folder.is_dir() for found in sorted(folder.glob("*.yaml"))}
@@ -128,8 +141,8 @@ def read(
     """A recipe with all settings checked before anything runs; the arguments replace its own fields."""
     path = recipe_path(name)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        found = yaml.load(path.read_text(encoding="utf-8"), _EachOnce)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(found, dict) or not isinstance(found.get("steps"), dict) or not found["steps"]:
         raise DataError(f"{path}: a recipe needs `steps:` with a verb in each; see recipes/tiny.yaml")

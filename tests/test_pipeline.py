@@ -142,10 +142,24 @@ def test_what_is_refused_and_how(tmp_path: Path, old: str, new: str, says: str) 
         ("common: 3\nsteps: {a: {verb: mix}}", "`common:` is int, expected names with values"),
         ("sizes: [1]\nsteps: {a: {verb: mix}}", "`sizes:` is list, expected names with values"),
         ("steps: {a: {verb: mix}", "not readable as YAML ("),
+        # Of two steps of one name the first was gone without a word.
+        ("steps:\n  a: {verb: mix}\n  b: {verb: sweep}\n  a: {verb: mix, seed: 2}", "not readable as YAML ('a' stands there twice in "),
+        ("steps: {a: {verb: mix, seed: 1, seed: 2}}", "not readable as YAML ('seed' stands there twice in "),
     ],
 )
 def test_what_is_no_recipe(tmp_path: Path, text: str, says: str) -> None:
     assert refused(tmp_path, text, DataError).startswith(says)
+
+
+def test_a_recipe_that_is_no_text_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"name: \xff")
+    with pytest.raises(DataError, match=r"bytes\.yaml: not readable as YAML \('utf-8' codec"):
+        pipeline.read(str(tmp_path / "bytes.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(SettingError, match=r"unknown recipe '.*folder\.yaml'"):
+        pipeline.read(str(tmp_path / "folder.yaml"))
+    (tmp_path / "merged.yaml").write_text("steps:\n  a: &a {verb: mix, seed: 1}\n  b: {<<: *a, seed: 2}\n")
+    assert [getattr(step.settings, "seed") for step in pipeline.read(str(tmp_path / "merged.yaml")).steps] == [1, 2]  # noqa: B009
 
 
 def test_recipes_are_found_by_name_and_the_nearest_one_is_offered() -> None:
