@@ -17,11 +17,12 @@ from typing import Any
 from cotvalve import costs, problems
 from cotvalve.architectures import Architecture, architecture
 from cotvalve.costs import CARDS, GIB, Range
-from cotvalve.errors import SettingError, unknown
+from cotvalve.errors import SettingError
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import Recipe, Step
 from cotvalve.records import read_json
 from cotvalve.rounds import RewardSettings, parts
+from cotvalve.sizes import check
 from cotvalve.sweep import SweepSettings, baselines_of, named_directions
 from cotvalve.train import TrainSettings
 from cotvalve.verbs import ExtractSettings, FuseSettings
@@ -43,10 +44,6 @@ AUTHORS = {
 
 CHARACTERS = 3.5
 """Characters of a token in solutions of a file of one's own, where no tokenizer is loaded."""
-
-SIZES = {"data": ("questions", "chains", "human", "answers"), "steps": ("answers",)}
-"""Fields of a recipe's `sizes`, beside `models`: problems, chains of each, mean tokens of the human chains, and of the
-shortest and longest answers to expect; a step can have answers of its own."""
 
 KEPT = Range(0.7, 1.0)
 """Share of questions that keep their chains when wrong ones are dropped: Table 9 has 74 % (PRM12K) and 92 % (GSM8K)."""
@@ -142,17 +139,10 @@ def describe(recipe: Recipe) -> str:
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuses a misspelt field of `sizes`, which would otherwise count for nothing."""
-    for section, named in recipe.sizes.items():
-        if section not in ("models", *SIZES):
-            raise SettingError(f"{recipe.name}: sizes: {unknown('field', section, ('models', *SIZES))}")
-        for name, values in (named or {}).items() if section in SIZES else ():
-            for key in values:
-                if key not in SIZES[section]:
-                    raise SettingError(f"{recipe.name}: sizes: {section}: {name}: {unknown('field', key, SIZES[section])}")
-    for name in recipe.sizes.get("steps") or {}:
-        if name not in (steps := [step.name for step in recipe.steps]):
-            raise SettingError(f"{recipe.name}: sizes: steps: {unknown('step', name, steps)}")
+    try:
+        check(recipe.sizes, [step.name for step in recipe.steps])
+    except SettingError as error:
+        raise SettingError(f"{recipe.name}: sizes: {error}") from None
 
 
 def _parts(step: Step) -> list[Step]:

@@ -26,7 +26,7 @@ ORDER = """
     chains recipes mixchain
     batches headloss lean learner fitting train
     resampling statistics figures rounds report
-    sweep verbs pipeline architectures costs plan
+    sweep verbs pipeline architectures costs sizes plan
     calibration calibrate
     serve serve.protocol serve.batching serve.app
     progress cli

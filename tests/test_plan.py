@@ -335,6 +335,15 @@ def test_what_cannot_be_planned_says_what_is_missing(tmp_path: Path) -> None:
         ("modles: {}", "unknown field 'modles': did you mean 'models'?"),
         ("data: {gsm8k: {answer: [1, 2]}}", "data: gsm8k: unknown field 'answer': did you mean 'answers'?"),
         ("steps: {mxi: {answers: [1, 2]}}", "steps: unknown step 'mxi': did you mean 'mix'?"),
+        # These were tracebacks.
+        ("data: [gsm8k]", "data is ['gsm8k'], expected names with values"),
+        ("data: {gsm8k: 5}", "data: gsm8k is 5, expected names with values"),
+        ("data: {gsm8k: {answers: 5}}", "data: gsm8k: answers is 5, expected two numbers"),
+        ("data: {gsm8k: {answers: [5, many]}}", "data: gsm8k: answers is [5, 'many'], expected two numbers"),
+        ("data: {mine: {questions: many}}", "data: mine: questions is 'many', expected a number above 0"),
+        ("models: {some/model: 5}", "models: some/model is 5, expected names with values"),
+        ("models: {some/model: {layers: many}}", "models: some/model: layers is 'many', expected a number above 0"),
+        ("models: {some/model: {tied: 1}}", "models: some/model: tied is 1, expected true or false"),
     ],
 )
 def test_misspelt_sizes_are_refused(sizes: str, says: str, tmp_path: Path) -> None:
