@@ -17,7 +17,7 @@ from typing import Any
 from cotvalve import costs, problems
 from cotvalve.architectures import Architecture, architecture
 from cotvalve.costs import CARDS, GIB, Range
-from cotvalve.errors import SettingError
+from cotvalve.errors import SettingError, unknown
 from cotvalve.mixchain import MixSettings, Sampling
 from cotvalve.pipeline import Recipe, Step
 from cotvalve.records import read_json
@@ -280,9 +280,11 @@ def _size(plan: _Plan, name: str, split: str) -> int:
         sizes = problems.describe(name).sizes
         if split == problems.HELD_OUT and "train" in sizes:
             return sizes["train"] - problems.trainable(name)
-        return sizes[split] if split in sizes else next(iter(sizes.values()))
+        if split not in sizes:
+            raise SettingError(f"{plan.recipe.name}: {unknown(f'split of {name}', split, sizes)}")
+        return sizes[split]
     if Path(name).is_file():
-        return len(problems.load(name))
+        return len(problems.load(name, split=split))
     if "questions" in plan.data(name):
         return int(plan.data(name)["questions"])
     raise SettingError(

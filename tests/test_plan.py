@@ -352,6 +352,23 @@ def test_misspelt_sizes_are_refused(sizes: str, says: str, tmp_path: Path) -> No
     assert str(error.value).startswith(f"mine: sizes: {says}")
 
 
+def test_a_sweep_is_counted_on_the_split_that_it_will_answer(tmp_path: Path) -> None:
+    """All questions of a file were counted where a fifteenth is asked, and a split that is none as the training questions."""
+    where = models.save(models.qwen2(tied=True), tmp_path / "model")
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(150)))
+    held = len(problems.load(str(data), split="heldout"))
+    assert 0 < held < 30
+    for split, count in (("test", 150), ("heldout", held)):
+        text = plan.describe(recipe(tmp_path, f"  sweep: {{verb: sweep, model: {where}, data: {data}, split: {split}}}"))
+        assert f"{count} of {data} x " in text
+    for verb, name, split in (("sweep", "gsm8k", "hedlout"), ("sweep", "math500", "heldout"), ("sweep", str(data), "train")):
+        with pytest.raises(SettingError, match=f"unknown split of {name} '{split}'"):
+            plan.describe(recipe(tmp_path, f"  a: {{verb: {verb}, model: {where}, data: {name}, split: {split}}}"))
+    with pytest.raises(SettingError, match="unknown split of math500 'train'"):
+        plan.describe(recipe(tmp_path, f"  a: {{verb: mix, model: {where}, data: math500}}"))
+
+
 def test_files_runs_and_made_checkpoints_of_one_s_own(tmp_path: Path) -> None:
     where = models.save(models.qwen2(tied=True), tmp_path / "model")
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1), "solution": "x" * 350} for n in range(10)]
