@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -324,15 +325,16 @@ def _refuse_other(folder: Path, found: Json, verb: str, settings: Json, facts: J
             )
     for name, what in _HASHED.items():
         now, then = facts.get(name), found["facts"].get(name)
-        if now is not None and then is not None and now != then:
+        if now is not None and then is not None and (_HASH.findall(now) or now) != (_HASH.findall(then) or then):
             raise DataError(
                 f"{folder}: holds a run on another {what} of the same name ({then}; now {now}); name another --out, or "
                 f"put the {what} back as it was to go on"
             )
 
 
+_HASH = re.compile(r"\b[0-9a-f]{12,64}\b")
 _HASHED = {"data": "data set", "base_sha256": "base model", "direction_sha256": "direction"}
-"""Facts that hold a hash, and what each is of."""
+"""Facts that hold a hash, and what each is of. The words around it may change: of a calibration they say what trained the direction."""
 
 
 def versions() -> Json:

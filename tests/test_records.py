@@ -289,6 +289,17 @@ def test_a_folder_of_another_run_is_refused_and_not_touched(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_the_same_data_in_other_words_goes_on(tmp_path: Path) -> None:
+    """Once the MixChain that a direction was trained on was gone, its calibration was refused for "another data set"."""
+    said = "400 held-out training questions of gsm8k"
+    with Run(tmp_path, "calibrate", {}, {"data": f"{said}, f7031ddc8b14"}) as at:
+        at.rows.add("1", {})
+    with Run(tmp_path, "calibrate", {}, {"data": f"{said}, which a direction made elsewhere may have seen, f7031ddc8b14"}) as at:
+        assert len(at.rows) == 1
+    with pytest.raises(DataError, match="another data set of the same name"):
+        Run(tmp_path, "calibrate", {}, {"data": f"{said}, f7031ddc8b15"})
+
+
 def test_a_run_that_did_nothing_does_not_keep_its_folder(tmp_path: Path) -> None:
     """It failed at a wrong prompt or a full disk before its first row: the mended command may use the folder."""
     with Run(tmp_path, "mix", {"prompt": "boxd"}, {"data": "a"}):
