@@ -71,7 +71,8 @@ class Sampling(ModelSettings):
             raise ValueError("samples, max_new_tokens and gpus have to be 1 or more")
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError("several samples at temperature 0 are all the same; give a temperature, for example 0.7")
-        if self.budget is not None and self.prompt in PROMPTS and not PROMPTS[self.prompt].budgets:
+        way = prompt(self.prompt)
+        if self.budget is not None and not way.budgets:
             asking = ", ".join(name for name, way in PROMPTS.items() if way.budgets)
             raise ValueError(f"the prompt '{self.prompt}' names no token budget; leave budget out, or take one of the prompts {asking}")
 

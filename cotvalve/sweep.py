@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cotvalve.baselines import PLAIN, PROMPTED, Baseline, baselines
 from cotvalve.card import DIRECTION_SHA256
@@ -49,6 +50,10 @@ class SweepSettings(Sampling):
     """Where alpha or epoch were chosen, for the report: for example '500 training questions'."""
     out: str = "runs/sweep"
     """Run folder."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        super().model_post_init(context)
+        _ = baselines_of(self), named_directions(self.direction)
 
 
 def problems_of(settings: SweepSettings) -> dict[str, list[Problem]]:
@@ -236,7 +241,6 @@ def named_directions(text: str) -> dict[str, str]:
 
 
 def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise SettingError(f"budget '{text.strip()}' is not a whole number of tokens") from None
+    if not text.strip().isdecimal() or not int(text):
+        raise SettingError(f"budget '{text.strip()}' is not a whole number of tokens")
+    return int(text)

@@ -29,7 +29,7 @@ from cotvalve.fitting import UNDECIDED, FitSettings, say_ignored
 from cotvalve.lean import Position, can_lie_flat, lean, tells_rows_apart
 from cotvalve.learner import AtOnce, SkipBadSteps, ValveTrainer, save_learned
 from cotvalve.problems import subset, training
-from cotvalve.prompts import PROMPTS, thinks
+from cotvalve.prompts import prompt, thinks
 from cotvalve.recipes import Stage
 from cotvalve.records import Json, Run, disk, read_json, write_json
 from cotvalve.settings import ModelSettings
@@ -208,7 +208,7 @@ class TrainSettings(ModelSettings, FitSettings):
             raise ValueError("full and dora start from the model itself; leave direction out")
         if self.recipe == "reward" and self.dropout:
             raise ValueError("reward learns without dropout, since its chains were sampled without")
-        if self.prompt in PROMPTS and PROMPTS[self.prompt].budgets:
+        if prompt(self.prompt).budgets:
             raise ValueError(f"the prompt '{self.prompt}' asks for a token budget, and training has none to name; learn with boxed or plain")
 
 

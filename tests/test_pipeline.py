@@ -124,6 +124,11 @@ def test_arguments_replace_the_recipe_s_own(tmp_path: Path) -> None:
         ('"0, .5, 1"', '"0, nan"', "step 'mix': setting 'alphas': 'nan' is not a finite number"),
         ("valve: {verb: train, ", "valve: {", "step 'valve': has no verb; expected verb: "),
         ("valve: {verb: train, learning_rate: 1e-5, epochs: 2}", "valve: 3", "step 'valve': has no verb"),
+        # These were told when their step began, after the hours of those before it.
+        ("verb: sweep", "verb: sweep, prompt: bxoed", "step 'sweep': unknown prompt 'bxoed': did you mean 'boxed'?"),
+        ("epochs: 2", "epochs: 2, prompt: plian", "step 'valve': unknown prompt 'plian': did you mean 'plain'?"),
+        ("verb: sweep", "verb: sweep, baselines: bugdet", "step 'sweep': unknown prompt 'bugdet': did you mean 'budget'?"),
+        ("verb: sweep", "verb: sweep, baselines: budget, budgets: '50,-5'", "step 'sweep': budget '-5' is not a whole number of tokens"),
         ("verb: sweep", "verb: [sweep]", "step 'sweep': unknown verb '['sweep']': did you mean 'sweep'?"),
     ],
 )
