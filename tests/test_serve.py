@@ -31,7 +31,7 @@ from cotvalve.problems import load
 from cotvalve.prompts import render_messages
 from cotvalve.serve import ServeSettings, listen, run
 from cotvalve.serve.batching import Batcher, Busy, Front, Unfold
-from cotvalve.serve.protocol import Split
+from cotvalve.serve.protocol import Ask, Refused, Split
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion, Interval, Request
 
@@ -830,6 +830,12 @@ def test_the_default_position_has_to_be_on_the_dial(valve: Valve) -> None:
     assert "alpha 0 to 0.5, 300 to 200 tokens" in part.sentence()
     told = part.card()["calibration"]
     assert (told["tokens"]["low"], told["shorter"]["high"]) == pytest.approx((200, 1 / 3))
+    for fields, alpha in (({"tokens": 200}, 0.5), ({"tokens": 199.6}, 0.5), ({"shorter": 0.3337}, 0.5), ({"tokens": 250}, 0.225)):
+        assert part.position(Ask.model_validate({"messages": [{"role": "user", "content": "x"}], **fields})) == pytest.approx(alpha, abs=1e-3)
+    for fields in ({"tokens": 199}, {"shorter": 0.34}):
+        with pytest.raises(Refused, match=r"=[\d.]+ is out of reach: this server serves 200 to 300 tokens \(shorter 0.000 to 0.333\), alpha 0 to 0.5") as refused:
+            part.position(Ask.model_validate({"messages": [{"role": "user", "content": "x"}], **fields}))
+        assert (refused.value.param, refused.value.code) == (*fields, "out_of_range")
     assert Dial.of(small(), ServeSettings(model="./runs/mine"), streams=True).name == "mine"
     assert Dial.of(small(), ServeSettings(model="owner/name"), streams=True).name == "owner/name"
     plain = Valve(models.llama(), models.tokenizer())

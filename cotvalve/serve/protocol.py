@@ -190,7 +190,7 @@ class Dial:
                     param=asked[0],
                 )
             try:
-                alpha = self.calibration.alpha(tokens=ask.tokens, shorter=ask.shorter)
+                alpha = self._served(self.calibration.alpha(tokens=ask.tokens, shorter=ask.shorter), ask)
             except SettingError as error:
                 raise Refused(400, str(error), param=asked[0], code="out_of_range") from None
         if alpha is None:
@@ -198,6 +198,21 @@ class Dial:
         if not self.low <= alpha <= self.high:
             raise Refused(400, f"alpha {alpha:g} is out of range: this server serves {self.low:g} to {self.high:g}", param="alpha", code="out_of_range")  # fmt: skip
         return alpha
+
+    def _served(self, alpha: float, ask: Ask) -> float:
+        """The position of a length; SettingError with the lengths there are for one that only the rest of the curve has."""
+        known, end = self.calibration, min(max(alpha, self.low), self.high)
+        assert known is not None
+        # As in Calibration.alpha: an end that was shown rounded is still that end.
+        slack = 0.5 if ask.tokens is not None else 0.0005 * known.tokens(0.0)
+        if known.span.low <= end <= known.span.high and abs(known.tokens(end) - known.tokens(alpha)) <= slack:
+            return end
+        start, reach = known.tokens(0.0), self.reach
+        asked = f"tokens={ask.tokens:g}" if ask.tokens is not None else f"shorter={ask.shorter:g}"
+        raise SettingError(
+            f"{asked} is out of reach: this server serves {reach.low:.0f} to {reach.high:.0f} tokens "
+            f"(shorter {1 - reach.high / start:.3f} to {1 - reach.low / start:.3f}), alpha {self.low:g} to {self.high:g}"
+        )
 
     @property
     def reach(self) -> Interval:
