@@ -115,6 +115,15 @@ def test_negation_turns_toward_round_and_a_sum_of_both_ways_has_none() -> None:
     assert (-Direction(d.factors, Card("base"))).card.toward is None
 
 
+def test_its_digest_is_of_the_change_and_of_nothing_else() -> None:
+    one = Factor(torch.ones(1, 2), torch.ones(3, 1), 1)
+    others = [Factor(2 * one.A, one.B, 1), Factor(one.A, 2 * one.B, 1), Factor(one.A, one.B, 2), Factor(one.A.bfloat16(), one.B.bfloat16(), 1)]
+    found = [Direction({"a": one, "b": factor}, CARD).sha256() for factor in (one, *others)]
+    assert len(set(found)) == 5
+    assert Direction({"b": one, "c": one}, CARD).sha256() not in found
+    assert Direction({"b": others[0], "a": one}, Card("another")).sha256() == found[1], "in any order, with any card"
+
+
 def test_it_is_immutable() -> None:
     d = direction()
     with pytest.raises(TypeError):
@@ -175,6 +184,9 @@ def test_round_trip_is_exact_to_the_byte(tmp_path: Path) -> None:
     loaded.save(tmp_path / "two")
     assert_equal(loaded, d)
     assert loaded.card == CARD
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == CARD.base
+    assert repr(config["lora_alpha"]) == "7", "not 7.0: some readers take integers only"
     for file in ("adapter_config.json", "adapter_model.safetensors", "direction.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -286,6 +298,20 @@ def test_a_fused_model_is_recognised() -> None:
         DirectionMismatch, match=r"was fused at alpha 0.7 and has no dial any more; load the base .*owner/base"
     ):
         check_fits(direction(), model)
+
+
+def test_training_that_goes_on_does_not_change_a_direction_that_was_taken() -> None:
+    wrapped = models.lora(models.qwen2())
+    taken = Direction.from_peft(wrapped.peft_config["default"], _factors(wrapped), CARD)
+    with torch.no_grad():
+        for weight in _factors(wrapped).values():
+            weight.zero_()
+    assert_equal(taken, direction())
+
+
+def test_plain_and_rslora_modules_do_not_make_one_direction() -> None:
+    with pytest.raises(DirectionMismatch, match="one flag for all"):
+        Direction({name: Factor(torch.ones(2, 3), torch.ones(3, 2), 1, name == "a") for name in "ab"}, CARD)
 
 
 def test_a_direction_without_modules() -> None:

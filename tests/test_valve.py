@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def test_what_is_not_finite_cannot_leak_through_alpha_0(dtype: torch.dtype, pois
             mixed = model(input_ids=ids).logits
     assert not mixed[0].isfinite().any()
     assert torch.equal(mixed[1], base[1]), "beside rows that are sick"
+
+
+@pytest.mark.parametrize(("dtype", "factor", "x"), [(torch.float16, 6e4, 1.0), (torch.float32, 1e15, 1e30)], ids=str)
+def test_a_product_that_overflows_cannot_leak_through_alpha_0(dtype: torch.dtype, factor: float, x: float) -> None:
+    """A and B are finite, A x is not: 0 * inf is NaN."""
+    dial = valve(dtype=dtype).dial
+    assert dial is not None
+    layer = next(iter(dial.layers.values()))
+    rows = torch.full((2, 3, layer.lora_A[ADAPTER].in_features), x, dtype=dtype)
+    with torch.no_grad():
+        layer.lora_A[ADAPTER].weight.fill_(factor)
+        with dial.at(torch.tensor([0.0, 1.0])):
+            out = layer(rows)
+        assert torch.equal(out[0], layer.base_layer(rows)[0])
+    assert not out[1].isfinite().any()
 
 
 def test_alpha_0_per_token_is_the_base_up_to_the_first_other_token() -> None:
@@ -428,6 +444,16 @@ def test_layers_that_see_no_rows_take_one_alpha_and_refuse_several(grad: bool) -
             layer(x)
 
 
+def test_heads_apart_take_alphas_of_rows_and_refuse_those_of_tokens() -> None:
+    dial = valve().dial
+    assert dial is not None
+    apart = torch.zeros(2, 3, 4, 5)
+    with dial.at(torch.tensor([0.6, 0.7])):
+        assert dial.shaped(apart).shape == (2, 1, 1, 1)
+    with dial.at(torch.rand(2, 3)), pytest.raises(EngineError, match="rows cannot be told apart"):
+        dial.shaped(apart)
+
+
 # Fusing
 
 
@@ -624,7 +650,7 @@ def test_generate_asks_for_a_budget_where_the_prompt_names_one() -> None:
 # Another direction on the same model
 
 
-@pytest.mark.parametrize(("other", "stays"), [({"seed": 5}, True), ({"seed": 5, "rank": 3}, False), ({"seed": 5, "targets": ["q_proj"]}, False)], ids=str)
+@pytest.mark.parametrize(("other", "stays"), [({"seed": 5}, True), ({"seed": 5, "rank": 3}, False), ({"seed": 5, "lora_alpha": 4}, False), ({"seed": 5, "targets": ["q_proj"]}, False)], ids=str)
 def test_another_direction_in_the_place_of_this_one(other: dict[str, object], stays: bool) -> None:
     """As if it had been loaded on a fresh model, whether or not layers had to be exchanged."""
     found = made(**other)  # pyright: ignore[reportArgumentType]
@@ -714,6 +740,29 @@ def test_from_a_lora_to_a_task_vector_and_back() -> None:
         pass
     assert not turned.turn_to(direction())
     assert torch.equal(at(turned, [0.5, 1.0]), at(valve(), [0.5, 1.0]))
+
+
+def test_another_task_vector_in_the_place_of_this_one() -> None:
+    """Inside `at` too: what the first has moved goes back, and the second moves the weights its own way."""
+    one, other = (TaskVector.between(models.llama(), models.moved(models.llama(), seed=seed)) for seed in (1, 2))
+    turned = valve(one)
+    with turned.at(0.5):
+        assert not turned.turn_to(other)
+        assert torch.equal(models.logits(turned.model), models.logits(models.llama()))
+    assert torch.equal(models.logits(turned.model), models.logits(models.llama()))
+    assert torch.equal(at(turned, 0.5), at(valve(other), 0.5))
+
+
+@pytest.mark.parametrize("rank", [None, 1], ids=["same layers", "other layers"])
+def test_another_direction_has_other_lengths_and_tells_of_another_base(caplog: pytest.LogCaptureFixture, rank: int | None) -> None:
+    turned = Valve.load("tiny-reasoner", "tiny-valve")
+    assert turned.calibration is not None
+    found = turned.direction
+    assert isinstance(found, Direction)
+    factors = {name: replace(f, A=f.A[:rank], B=f.B[:, :rank]) for name, f in found.factors.items()}
+    assert turned.turn_to(Direction(factors, Card("another", base_sha256="0" * 64))) is (rank is None)
+    assert turned.calibration is None
+    assert "was made on another base than tiny-reasoner" in caplog.text
 
 
 def test_a_direction_that_does_not_fit_leaves_the_present_one() -> None:
