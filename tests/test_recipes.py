@@ -196,11 +196,28 @@ def test_every_stage_has_every_question_once_and_none_gets_longer(chains: list[i
         assert (tokens[0], tokens[-1]) == (n, 1 if n > 1 else n)
 
 
+def test_one_stage_is_no_compression() -> None:
+    with pytest.raises(SettingError, match="stages is 1; progressive compression needs two or more"):
+        recipes.progressive(mix((300, 200, 100)), 1)
+
+
 def test_the_number_of_stages_is_the_largest_number_of_chains() -> None:
     assert len(recipes.progressive(mix((3, 2, 1), (2, 1)))) == 3
     for empty in (mix((3,), (2,)), []):
         with pytest.raises(DataError, match="two chains or more"):
             recipes.progressive(empty)
+
+
+def test_whatever_is_learned_otherwise_has_another_fingerprint() -> None:
+    """A run that goes on with other examples than it began with is told from the same run."""
+    one = recipes.Example(Problem("q", "3 + 4?", "7"), Chain("it is 7", 5), 0.5)
+    others = [
+        replace(one, alpha=1.0), replace(one, weight=-1.0), replace(one, ended=False), replace(one, chain=Chain("7", 2)),
+        *(replace(one, problem=replace(one.problem, **field)) for field in ({"id": "r"}, {"question": "4 + 3?"}, {"answer": "8"})),
+    ]  # fmt: skip
+    stages = [[recipes.Stage(name, examples)] for name, examples in [("a", (one,)), ("b", (one,)), *(("a", (other,)) for other in others)]]
+    stages += [[recipes.Stage("a", (one, others[0]))], [recipes.Stage("a", (others[0], one))], [*stages[0], *stages[1]]]
+    assert len({recipes.fingerprint(made) for made in stages}) == len(stages)
 
 
 # --- the recipes in recipes/ -----------------------------------------------------------------------------------------
