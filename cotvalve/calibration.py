@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -294,14 +295,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def _crossings(alphas: Sequence[float], logs: Sequence[float], target: float) -> list[float]:
-    """Every alpha, or the one nearest to 0 of a flat stretch, at which the curve is at `target`."""
+    """Every alpha, of a flat stretch the measured ones (0 is always among them), at which the curve is at `target`."""
     found = [alpha for alpha, log in zip(alphas, logs, strict=True) if math.isclose(log, target, abs_tol=1e-12)]
-    for i in range(len(alphas) - 1):
-        (a, b), (x, y) = alphas[i : i + 2], logs[i : i + 2]
-        if math.isclose(x, y, abs_tol=1e-12):
-            if math.isclose(x, target, abs_tol=1e-12):
-                found.append(min(max(0.0, a), b))
-        elif min(x, y) < target < max(x, y):
+    for (a, b), (x, y) in zip(pairwise(alphas), pairwise(logs), strict=True):
+        if min(x, y) < target < max(x, y):
             found.append(a + (b - a) * (target - x) / (y - x))
     return found
 

@@ -78,6 +78,7 @@ def test_pool_is_the_nearest_nondecreasing_sequence(values: list[float]) -> None
 
 
 def test_fit_keeps_monotone_lengths_and_pools_what_turns_back() -> None:
+    assert pool([1.0005, 1.0]) == pytest.approx([1.00025] * 2), "however little it is"
     assert fit([400, 200, 100]) == pytest.approx([400, 200, 100])
     assert fit([100, 200, 400]) == pytest.approx([100, 200, 400])
     assert fit([400, 90, 110]) == pytest.approx([400, math.sqrt(90 * 110), math.sqrt(90 * 110)])
@@ -165,8 +166,11 @@ def test_at_most_loss_takes_the_shortest_that_is_sure(shorter: Calibration) -> N
     assert found.difference_ci.low < -10 < found.difference_ci.high
     nothing = shorter.at_most_loss(0)
     assert (nothing.alpha, nothing.shorter) == (0.0, 0.0)
-    with pytest.raises(SettingError, match="0 or more"):
-        shorter.at_most_loss(-1)
+    for points in (-1, NAN):
+        with pytest.raises(SettingError, match="0 or more"):
+            shorter.at_most_loss(points)
+    flat = measure(rows({-1.0: 100, -0.5: 100, 0.0: 300, 0.5: 300}))
+    assert flat.at_most_loss(5).alpha == -0.5, "of equal lengths the nearest to the base"
 
 
 def test_few_questions_prove_nothing() -> None:
@@ -274,6 +278,31 @@ def test_a_broken_file_is_refused(tmp_path: Path, shorter: Calibration, change: 
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(DataError, match=said):
         Calibration.load(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [(3, {"alpha": 1.0}), (3, {"alpha": -1.0}), (0, {"fitted": None}), (4, {"fitted": 0.0}), (4, {"fitted": -5.0}), (3, {"fitted": 400.0})], ids=str,
+)  # fmt: skip
+def test_positions_that_make_no_curve_are_refused(tmp_path: Path, shorter: Calibration, number: int, change: dict[str, float | None]) -> None:
+    path = shorter.save(tmp_path)
+    whole = json.loads(path.read_text())
+    whole["positions"][number] |= change
+    path.write_text(json.dumps(whole))
+    with pytest.raises(DataError, match="do not make a curve"):
+        Calibration.load(path)
+
+
+def test_a_fingerprint_is_of_both_ends_of_the_weights_and_of_their_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cotvalve.calibration._SAMPLED", 4)
+    found = [fingerprint(tmp_path)]
+    for weights, config in ((b"headtail", {"r": 4}), (b"HEADtail", {"r": 4}), (b"headTAIL", {"r": 4}), (b"head..tail", {"r": 4}), (b"headtail", {"r": 4, "lora_alpha": 9})):
+        (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(len(found))}))
+        found.append(fingerprint(tmp_path))
+    assert len(set(found)) == 6
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 9, "inference_mode": True}))
+    assert fingerprint(tmp_path) == found[-1], "what PEFT notes besides says nothing of the weights"
 
 
 def test_a_direction_trained_again_does_not_keep_its_calibration(tmp_path: Path, shorter: Calibration) -> None:

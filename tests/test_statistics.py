@@ -252,6 +252,11 @@ def test_every_interval_holds_its_estimate(cells):
         assert low <= estimate <= high
 
 
+def test_an_interval_reaches_to_its_estimate():
+    draws = np.array([2.0, 3.0])
+    assert [(found.low, found.high) for found in (resampling.interval(draws, 1.0), resampling.interval(draws, 4.0))] == [(1.0, 2.975), (2.025, 4.0)]
+
+
 def test_the_seed_decides_and_the_order_of_rows_does_not():
     rows = many([1, 0, 1, 1, 0, 1], [5, 90, 30, 41, 7, 66])
     first = point("s", "d", 0.0, rows, 1, seed=3, draws=199)
@@ -325,6 +330,36 @@ def test_pairing_sees_what_separate_intervals_cannot():
     assert pair.mcnemar_p == 2 / 2**12
     assert pair.accuracy_difference_ci.low > 0
     assert pair.accuracy_p < 0.001
+
+
+def test_a_p_is_no_smaller_than_the_draws_can_show():
+    shorter = paired(many([1] * 40, range(10, 50)), many([1] * 40, range(30, 70)), dataset="d", a="A", b="B", draws=999)
+    assert shorter.token_p == 2 / 1000
+
+
+def test_shares_that_sum_to_nothing_are_on_neither_side_of_it():
+    """.8 - .5 and .5 - .2 differ in their last bit: a tie that was counted as a gain."""
+    right = {"A": [8, 2, 6, 8], "B": [5, 5, 5, 5]}
+    a, b = ([row(p, correct=s < most, sample=s) for p, most in enumerate(right[name]) for s in range(10)] for name in "AB")
+    tenths = np.concatenate(list(resamples(4, 0, 999))) @ np.subtract(right["A"], right["B"])
+    assert (tenths == 0).sum() > 50
+    wanted = 2 * (1 + min((tenths <= 0).sum(), (tenths >= 0).sum())) / 1000
+    assert paired(a, b, dataset="d", a="A", b="B", draws=999).accuracy_p == pytest.approx(wanted)
+
+
+def test_errors_have_no_length_in_a_ratio():
+    ran, failed = many([1, 1, 1], [20, 20, 20]), [row("p0"), row("p1"), row("p2", tokens=0, correct=False, finish="error")]
+    assert paired(failed, ran, dataset="d", a="A", b="B", draws=99).token_ratio == pytest.approx(0.5)
+    one = [row(f"p{i}", tokens=10 * (i == 0), correct=i == 0, finish="stop" if i == 0 else "error") for i in range(3)]
+    few = paired(one, ran, dataset="d", a="A", b="B", draws=99)
+    assert (few.token_ratio_ci.low, few.token_ratio_ci.high) == pytest.approx((0.5, 1.0)), "1 where a draw has no length at all"
+
+
+def test_the_seed_decides_a_comparison():
+    a, b = many([1, 0, 1, 1] * 5, range(10, 30)), many([1, 1, 0, 1] * 5, range(35, 15, -1))
+    first, again, other = (paired(a, b, dataset="d", a="A", b="B", seed=seed, draws=199) for seed in (0, 0, 1))
+    assert first == again
+    assert first.token_ratio_ci != other.token_ratio_ci
 
 
 def test_no_difference_is_no_difference():
