@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import doctest
+import importlib
 import json
 import re
 import shlex
@@ -24,6 +26,17 @@ INLINE = re.compile(r"`([^`\n]+)`")
 
 def text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
+
+
+SOURCES = sorted(path for folder in ("cotvalve", "benchmarks") for path in (ROOT / folder).rglob("*.py") if ">>> " in text(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_the_examples_in_docstrings_are_so(path: Path) -> None:
+    """Those of three modules were run, of the twenty-four that have some."""
+    found = doctest.testmod(importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)))
+    assert found.attempted
+    assert not found.failed
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -1,6 +1,5 @@
 """What a plan says, against what can be counted: parameters, LoRA, saved activations, steps, measured memory."""
 
-import doctest
 import json
 import math
 import re
@@ -391,7 +390,6 @@ def test_files_runs_and_made_checkpoints_of_one_s_own(tmp_path: Path) -> None:
 
 
 def test_the_pieces_of_a_range() -> None:
-    assert doctest.testmod(costs).failed == 0
     assert str(Range.of(0)) == "0"
     assert str(Range.of(2) * Range(1, 3) + 1) == "3 to 7"
     assert str(Range(1, 2) / Range(0.25, 0.5)) == "2 to 8"

@@ -1,6 +1,5 @@
 """The three ways to train, on paper; and every recipe's train steps on a tiny model of its own architecture."""
 
-import doctest
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +103,6 @@ def test_a_solution_nobody_has_is_refused() -> None:
 
 
 def test_beta_on_paper() -> None:
-    assert doctest.testmod(recipes).failed == 0
     # eq. 4 with m_min 100 and m_max 300: 1 - (m - 100) / 200
     assert [recipes.beta(m, 100, 300) for m in (100, 150, 200, 280, 300)] == [1.0, 0.75, 0.5, pytest.approx(0.1), 0.0]
     assert recipes.beta(100, 100, 100) is None
