@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import agreement, halves, hardness, losses, sampling
+from benchmarks import agreement, halves, hardness, losses, reproduction, sampling
 from cotvalve import problems
 from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError, SettingError
@@ -81,6 +81,13 @@ def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, mo
     assert [line[3].split()[0] for line in lines] == ["100.0", "100.0", "0.0"]
     assert [line[6].split()[0] for line in lines] == ["0.0", "0.0", f"{MINUS}100.0"]
     assert all(line[7].startswith("2.00") for line in lines)
+    # Held-out questions of the same set choose positions and are told nowhere.
+    held = tmp_path / "0" / "main-heldout"
+    held.mkdir()
+    write_parquet(held / "rows.parquet", [{**row, "correct": False} for row in rows])
+    write_json(held / "run.json", {"verb": "sweep", "settings": {"split": "heldout", "model": "m"}, "facts": {"billions": "1"}})
+    assert [line.split(" | ") for line in hardness.tables([tmp_path / "0"], "main", ["V"], [1.0, 3.0], 99, None).splitlines() if line.startswith("| V")] == lines
+    shutil.rmtree(held)
     # A sweep of some questions only: the thirds are of those, and so is the count.
     monkeypatch.setattr(hardness, "load", lambda *_, **__: [*nine, *(replace(one, id=f"gsm8k/test/{i}", solution="s" * 99) for i, one in enumerate(nine, 9))])
     some = hardness.tables([tmp_path / "0"], "main", ["V"], [1.0], 99, None)
@@ -154,6 +161,37 @@ def test_a_half_is_told_at_what_the_other_half_chose(tmp_path: Path) -> None:
     write_json(second / "run.json", {"verb": "sweep", "settings": {"split": "test", "model": "m"}, "facts": {"billions": "1"}})
     with pytest.raises(DataError, match="main: V is not in every folder"):
         halves.tables([tmp_path / "0", tmp_path / "1"], "asdiv", [], 1.0, 99, 1)
+
+
+def test_a_half_chooses_the_shortest_within_its_loss_of_its_own_table_s_plain_model(tmp_path: Path) -> None:
+    """In the table `easy` the plain model has all right, in `hard` half of it: what a position loses is told against its own."""
+
+    def sweep(name: str, split: str, systems: dict[tuple[str, float | None], tuple[str, int]]) -> None:
+        rows = [
+            {
+                "dataset": "asdiv", "system": system, "problem": f"q{i}", "alpha": alpha, "sample": 0, "tokens": tokens, "reasoning_tokens": 0,
+                "prompt_tokens": 9, "finish": "stop", "correct": sign == "+", "predicted": "1", "reason": "", "subset": "", "text": "",
+            }
+            for (system, alpha), (signs, tokens) in systems.items() for i, sign in enumerate(signs)
+        ]  # fmt: skip
+        (tmp_path / "0" / name).mkdir(parents=True)
+        write_parquet(tmp_path / "0" / name / "rows.parquet", rows)
+        write_json(tmp_path / "0" / name / "run.json", {"verb": "sweep", "settings": {"split": split, "model": "m"}, "facts": {"billions": "1"}})
+
+    sweep("easy-asdiv", "test", {(PLAIN, 0.0): ("++++", 100), ("prompt: shortcut", None): ("++++", 1), ("V", 0.0): ("++++", 100), ("V", 1.0): ("+++-", 60)})
+    sweep("hard-asdiv", "test", {(PLAIN, 0.0): ("++--", 80), ("W", 0.0): ("++--", 80), ("W", 1.0): ("++--", 40)})
+    sweep("easy-heldout", "heldout", {(PLAIN, 0.0): ("++++", 100), ("V", 2.0): ("++++", 2)})
+    found = {table: here for (table, _, held), here in reproduction.read([tmp_path / "0"]).items() if not held}
+    ids = {f"q{i}" for i in range(4)}
+    easy, hard = [("easy", "V", 0.0), ("easy", "V", 1.0)], [("hard", "W", 0.0), ("hard", "W", 1.0)]
+    assert [halves.choice(found, easy, ids, loss) for loss in (24.9, 25.0)] == easy
+    assert halves.choice(found, easy + hard, ids, 1.0) == ("hard", "W", 1.0)
+    told = halves.tables([tmp_path / "0"], "asdiv", [], 0.0, 99, 3)
+    assert "shortcut" not in told
+    assert "alpha 2" not in told
+    (anyone,) = [line.split(" | ") for line in told.splitlines() if line.startswith("| any of them")]
+    assert anyone[1] == "hard: W, 1 (100 %)"
+    assert (anyone[6].split()[0], anyone[7].split()[0]) == ("0.0", "2.00"), "against the plain model of that table"
 
 
 def test_rates_are_compared_by_medians_and_by_the_best() -> None:

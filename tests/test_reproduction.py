@@ -237,6 +237,54 @@ def test_accuracy_at_equal_length_on_paper() -> None:
     assert str(reproduction.equal_length(short, b, 9)) == DASH
 
 
+def test_lengths_that_nearly_meet_are_compared_and_positions_below_0_are_no_part_of_the_curve() -> None:
+    b = {-1.0: {"0": rows(-1.0, "----", [800] * 4)}, 0.0: {"0": rows(0.0, "++--", [400] * 4)}, 1.0: {"0": rows(1.0, "++++", [100] * 4)}}
+    for tokens, compared in ((99, 1), (97, 0), (407, 1), (409, 0), (600, 0)):
+        assert reproduction.equal_length({1.0: {"0": rows(1.0, "++--", [tokens] * 4)}}, b, 9).compared == compared
+
+
+def test_intervals_of_a_comparison_are_of_seeds_too() -> None:
+    """Both questions right in one seed and wrong in the other: between 0 and +100 points, though no question differs from another."""
+    here = reproduction.Measured(billions=1.0)
+    here.systems = {
+        PLAIN: {None: {"0": rows(None, "--", [100, 100]), "1": rows(None, "--", [100, 100])}},
+        "A": {1.0: {"0": rows(1.0, "++", [50, 50]), "1": rows(1.0, "--", [20, 20])}},
+    }
+    pair = reproduction.line("", "A", 1.0, here, "d", 999, PLAIN).pair
+    assert (pair.accuracy_difference, pair.accuracy_difference_ci.low, pair.accuracy_difference_ci.high) == (50, 0, 100)
+    assert (pair.token_ratio_ci.low, pair.token_ratio_ci.high) == pytest.approx((0.2, 0.5))
+    # Where the plain model was not run with every seed there is nothing to pair.
+    del here.systems[PLAIN][None]["1"]
+    assert reproduction.line("", "A", 1.0, here, "d", 99, PLAIN).pair is None
+
+
+def test_draws_are_of_the_seeds_that_all_sides_have_and_errors_have_no_length() -> None:
+    failed = [*rows(1.0, "++", [30, 30]), {**rows(1.0, "---", [0, 0, 0])[2], "finish": "error"}]
+    both = {"0": rows(None, "+++", [60] * 3), "1": rows(None, "---", [90] * 3)}
+    accuracy, tokens = reproduction.drawn([both, {"0": failed}], 199)
+    assert set(accuracy[0].tolist()) == {100}
+    assert np.nanmax(tokens[1]) == np.nanmin(tokens[1]) == 30
+
+
+def test_a_dial_that_stands_still_does_not_fall_and_what_is_cut_is_degenerate(tmp_path: Path) -> None:
+    plain = rows(0.0, "++--", [100] * 4)
+    systems = {
+        PLAIN: plain,
+        "A": [*rows(-1.0, "++--", [50] * 4), *plain, *rows(0.5, "++-#", [80] * 4), *rows(1.0, "++--", [80] * 4)],
+        "B": [*plain, *rows(0.5, "++--", [90] * 4), *rows(1.0, "++--", [80] * 4)],
+    }
+    sweep(tmp_path / "0" / "main-gsm8k", systems)
+    for folder in ("1", "2"):  # without the middle
+        sweep(tmp_path / folder / "main-gsm8k", {name: [row for row in own if row["alpha"] != 0.5] for name, own in systems.items()})
+    told = reproduction.document([tmp_path / "0"], [], PLAIN, 1.0, 99).partition("The dial:")[2]
+    assert cells(told, "A", "0.5")[4:] == ["25.0", "25.0"]
+    assert cells(told, "A", "0 to 1, 3 positions")[3] == "no (0 of 1 seeds)"
+    assert cells(told, "B", "0 to 1, 3 positions")[3] == "yes (1 of 1 seeds)"
+    several = reproduction.document([tmp_path / name for name in "012"], [], "B", 1.0, 99).partition("The dial:")[2]
+    assert cells(several, "B", "0 to 1, 3 positions")[3] == "yes (1 of 1 seeds)", "of the seeds that were run at all of them"
+    assert "points above B at equal length" in several
+
+
 def test_figures_show_every_system_with_all_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders, seen = seeds(tmp_path), list[Any]()
     monkeypatch.setattr(reproduction.figures, "curve", lambda points, keep=reproduction.figures.curve: seen.extend(points) or keep(points))
@@ -371,8 +419,10 @@ def test_a_part_of_a_test_set_has_tables_of_its_own(tmp_path: Path) -> None:
     marked = [{**row, "subset": "numeric" * (row["problem"] in ("q0", "q1"))} for row in rows(0.0, "+-++", [200] * 4)]
     sweep(folder / "main-gsm8k", {PLAIN: marked, "A": [{**row, "alpha": 1.0} for row in marked]})
     assert "4 questions" in reproduction.document([folder], [], PLAIN, 1.0, 99)
+    sweep(folder / "main-heldout", {PLAIN: (held := rows(0.0, "+-+", [200] * 3)), "A": [{**row, "alpha": 1.0} for row in held]}, split="heldout")
     part = reproduction.document([folder], [], PLAIN, 1.0, 99, "numeric")
     assert "2 questions" in part
+    assert "chosen on 3 held-out" in part, "which are of no test set, and have no such part"
     assert "| 50.0 [" in part
 
 
