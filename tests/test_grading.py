@@ -58,6 +58,12 @@ def test_a_gold_answer_that_cannot_be_read_names_its_problem() -> None:
         grade(Problem("set/7", "?", "many", "number"), "5")
 
 
+def test_what_was_cut_in_its_thinking_is_truncated_and_a_wrong_answer_is_told_as_it_was_given() -> None:
+    reasons = [grade(("5", "number"), "<think>5", truncated=truncated).reason for truncated in (True, False)]
+    assert reasons == ["truncated", "thinking not finished"]
+    assert [grade(("5", "number"), rf"\boxed{{{given}}}").predicted for given in ("5.0", "6")] == ["5.0", "6"]
+
+
 def test_extract() -> None:
     assert extract("<think>\\boxed{1}</think>\\boxed{2} \\boxed{cut") == "2"
     assert extract("analysis\\boxed{1}assistantfinal It is \\boxed{2}") == "2"

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -148,8 +149,10 @@ def test_a_row_keeps_truncation_apart_from_wrong(finish: str, text: str, correct
     assert made["correct"] == correct
     assert (made["finish"], made["tokens"], made["reasoning_tokens"], made["prompt_tokens"]) == (finish, 9, 3, 4)
     assert (made["reason"] == "") == correct
+    assert made["predicted"] == (None if finish == "error" or "boxed" not in text else text[text.index("{") + 1])
     if finish == "error":
         assert made["reason"] == "too long"
+        assert not row(PROBLEMS[2], replace(done, text="\\boxed{2}"), 1)["correct"], "whatever had been written before it failed"
 
 
 # Requests
@@ -167,6 +170,16 @@ def test_requests_are_every_problem_alpha_and_sample_with_seeds_of_their_own() -
     assert alone[1] == next(r for r in asked if r.id == "p2|0.5|1")
     other = list(requests_for(PROBLEMS, how.but(seed=1), models.tokenizer()))
     assert not {r.seed for r in asked} & {r.seed for r in other}
+    # Where positions are compared they draw the same numbers: a question's samples differ, its positions do not.
+    paired = list(requests_for(PROBLEMS, how, models.tokenizer(), paired=True))
+    assert [r.id for r in paired] == [r.id for r in asked]
+    assert len({r.seed for r in paired}) == 8
+    assert [r.seed for r in paired[:2]] == [r.seed for r in paired[2:4]]
+
+
+def test_requests_name_the_budget_that_a_prompt_asks_for() -> None:
+    ten, twenty = (next(requests_for(PROBLEMS, Sampling(prompt="budget", budget=budget), models.tokenizer())).prompt for budget in (10, 20))
+    assert ten != twenty == ten.replace("10", "20")
 
 
 # Files
