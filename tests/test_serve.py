@@ -410,7 +410,7 @@ def test_a_full_queue_says_so(server: Server) -> None:
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
     refused = next(answer for answer in answers if answer.status_code == 429).json()["error"]
-    assert refused["code"] == "queue_full"
+    assert (refused["code"], refused["type"]) == ("queue_full", "server_error")
     assert "try again" in refused["message"]
     assert server.idle()
 
