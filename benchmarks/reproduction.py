@@ -201,13 +201,13 @@ def line(label: str, system: str, alpha: float | None, here: Measured, dataset: 
         pair = paired(pooled(seeds), pooled(base), dataset=dataset, a=system, b=against, draws=draws)
     if len(seeds) > 1:
         accuracy, tokens = drawn([seeds, base] if pair else [seeds], draws)
-        # Draws of answers that are all right, or all wrong, are all the same: there the interval over questions stays.
+        # Draws of answers that are all right, or all wrong, are all the same, as are those of differences: there the interval over questions stays.
         right = interval(accuracy[0], made.accuracy) if np.ptp(accuracy[0]) else made.accuracy_ci
         made = replace(made, accuracy_ci=right, tokens_mean_ci=interval(tokens[0], made.tokens_mean))
         if pair:
-            ends = interval(np.log(tokens[0] / tokens[1]), math.log(pair.token_ratio))
+            ends, apart = interval(np.log(tokens[0] / tokens[1]), math.log(pair.token_ratio)), accuracy[0] - accuracy[1]
             pair = replace(
-                pair, accuracy_difference_ci=interval(accuracy[0] - accuracy[1], pair.accuracy_difference),
+                pair, accuracy_difference_ci=interval(apart, pair.accuracy_difference) if np.ptp(apart) > 1e-9 else pair.accuracy_difference_ci,
                 token_ratio_ci=Interval(math.exp(ends.low), math.exp(ends.high)),
             )  # fmt: skip
     return Line(label, made, pair, each)

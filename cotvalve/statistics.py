@@ -33,7 +33,7 @@ class Paired:
     accuracy_difference: float
     """a - b in percentage points."""
     accuracy_difference_ci: Interval
-    """Paired bootstrap over problems, with one completion each as wide as a handful of them that differ leave it open."""
+    """Paired bootstrap over problems, as wide as none of them that differ, or with one completion each a handful, leave it open."""
     accuracy_p: float
     """Two-sided, from the same bootstrap."""
     only_a: int | None
@@ -124,8 +124,7 @@ def point(
     ran = int(table.ran_P_S.sum())
     mean = float(table.tokens_P_S.sum() / ran) if ran else 0.0
     reasoning = sum(row["reasoning_tokens"] for row in rows if row["finish"] != "error") / max(ran, 1)
-    lengths = table.tokens_P_S[table.ran_P_S > 0]
-    median = float(np.median(lengths)) if ran else 0.0
+    median = float(np.median(table.tokens_P_S[table.ran_P_S > 0])) if ran else 0.0
     accuracy = 100 * correct / (problems * samples)
     accuracies, means, medians = _resampled_point(table, seed, draws)
     if samples == 1:
@@ -195,13 +194,14 @@ def paired(
             f"{a} and {b} on {dataset} hold different problems ({len(apart)} of them, the first is '{apart[0]}', "
             f"only in {side}); a paired test needs the same problems on both sides"
         )
-    only_a = only_b = None
-    if left.right_P_S.shape[1] == right.right_P_S.shape[1] == 1:
-        difference_P = left.right_P_S[:, 0] - right.right_P_S[:, 0]
-        only_a, only_b = int((difference_P > 0).sum()), int((difference_P < 0).sum())
+    alone = left.right_P_S.shape[1] == right.right_P_S.shape[1] == 1
+    difference_P = left.right_P_S.mean(1) - right.right_P_S.mean(1)
+    better, worse = int((difference_P > 0).sum()), int((difference_P < 0).sum())
     differences, log_ratios = _resampled_pair(left, right, seed, draws)
     accuracy_a, accuracy_b = 100 * float(left.right_P_S.mean()), 100 * float(right.right_P_S.mean())
     ci = interval(differences, accuracy_a - accuracy_b)
+    if alone or np.ptp(differences) < 1e-9:  # resampling equal values gives no width: each problem is counted once instead
+        ci = widened(ci, better, worse, len(left.problems))
     log_ratio = _log_ratio(left, right, np.ones((1, len(left.problems))))[0]
     ratio_ci = interval(log_ratios, log_ratio)
     return Paired(
@@ -210,11 +210,11 @@ def paired(
         b=b,
         problems=len(left.problems),
         accuracy_difference=accuracy_a - accuracy_b,
-        accuracy_difference_ci=ci if only_a is None or only_b is None else widened(ci, only_a, only_b, len(left.problems)),
-        accuracy_p=_p(differences, int((left.right_P_S.mean(1) != right.right_P_S.mean(1)).sum())),
-        only_a=only_a,
-        only_b=only_b,
-        mcnemar_p=None if only_a is None or only_b is None else mcnemar(only_a, only_b),
+        accuracy_difference_ci=ci,
+        accuracy_p=_p(differences, better + worse),
+        only_a=better if alone else None,
+        only_b=worse if alone else None,
+        mcnemar_p=mcnemar(better, worse) if alone else None,
         token_ratio=math.exp(log_ratio),
         token_ratio_ci=Interval(math.exp(ratio_ci.low), math.exp(ratio_ci.high)),
         token_p=_p(log_ratios, len(left.problems)),

@@ -253,6 +253,9 @@ def test_intervals_of_a_comparison_are_of_seeds_too() -> None:
     pair = reproduction.line("", "A", 1.0, here, "d", 999, PLAIN).pair
     assert (pair.accuracy_difference, pair.accuracy_difference_ci.low, pair.accuracy_difference_ci.high) == (50, 0, 100)
     assert (pair.token_ratio_ci.low, pair.token_ratio_ci.high) == pytest.approx((0.2, 0.5))
+    here.systems["B"] = {1.0: {seed: rows(1.0, "--", [90, 100]) for seed in "01"}}
+    same = reproduction.line("", "B", 1.0, here, "d", 99, PLAIN).pair
+    assert (same.accuracy_difference_ci.low, same.accuracy_difference_ci.high) == pytest.approx((-84.19, 84.19), abs=0.01), "none of two questions, as with one seed"
     # Where the plain model was not run with every seed there is nothing to pair.
     del here.systems[PLAIN][None]["1"]
     assert reproduction.line("", "A", 1.0, here, "d", 99, PLAIN).pair is None

@@ -399,6 +399,17 @@ def test_mcnemar_is_left_out_where_problems_have_several_answers():
     assert pair.accuracy_difference == pytest.approx(100 / 3)
 
 
+def test_several_answers_that_differ_nowhere_leave_the_difference_open_too():
+    """'0.0 [0.0 to 0.0]' for four problems, where one answer each leaves 60 points either way."""
+    for a, b in (("++++", "++++"), ("++++", "----"), ("+-+-", "+-+-")):
+        sides = [[row(p, correct=sign == "+", sample=s) for p, sign in enumerate(signs) for s in range(2)] for signs in (a, b)]
+        several = paired(*sides, dataset="d", a="a", b="b", draws=99)
+        once = paired(*([one for one in side if one["sample"] == 0] for side in sides), dataset="d", a="a", b="b", draws=99)
+        assert several.accuracy_difference_ci == once.accuracy_difference_ci
+        assert several.accuracy_difference_ci.high - several.accuracy_difference_ci.low > 60
+        assert several.mcnemar_p is None
+
+
 def test_grids_are_compared_by_mean_accuracy_and_problem():
     a = many([1, 1, 1, 0], [9] * 4, 0.0) + many([1, 1, 0, 0], [3] * 4, 1.0)
     b = many([1, 1, 1, 0], [9] * 4, 0.0) + many([0, 0, 0, 0], [3] * 4, 1.0)
