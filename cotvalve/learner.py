@@ -126,7 +126,8 @@ class _Order(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.trainer.state.global_step // self.steps
-        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + (epoch << 32))
+        # PyTorch's generator on the CPU reads the low 32 bits of a seed: epochs are told apart in those.
+        self.generator = torch.Generator().manual_seed((self.trainer.args.seed + epoch * 0x9E3779B1) % 2**32)
         return iter(torch.randperm(len(self.lengths), generator=self.generator).tolist()) if self.shuffled else super().__iter__()
 
 

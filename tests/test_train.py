@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from cotvalve.batches import IGNORED, collate, encode, pack
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, DirectionMismatch, EngineError, SettingError
 from cotvalve.fitting import FitSettings, target_modules
-from cotvalve.learner import Learner, SkipBadSteps, save_learned
+from cotvalve.learner import Learner, SkipBadSteps, _Order, save_learned  # pyright: ignore[reportPrivateUsage]
 from cotvalve.prompts import prompt, render
 from cotvalve.recipes import Example, Stage, beta, plus, progressive
 from cotvalve.recipes import valve as short
@@ -187,14 +188,41 @@ def test_the_prompt_s_tokens_do_not_teach() -> None:
     assert loss_and_gradients(valve, in_prompt)[0] == loss
 
 
-def test_heads_that_scale_their_logits_take_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("field", ["logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier", "logits_mup_width_multiplier"])
+def test_heads_that_scale_their_logits_take_the_model_s_own(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     valve, batch = turned(), collate(rows(stage(TEXTS[:3])))
     sliced = loss_and_gradients(valve, batch)
-    monkeypatch.setattr(valve.model.config, "logits_scaling", 2.0, raising=False)
+    monkeypatch.setattr(valve.model.config, field, 2.0, raising=False)
     assert not Learner(valve).plain_head
     whole = loss_and_gradients(valve, batch)  # this Llama ignores the field, so that both ways have to agree
     assert math.isclose(sliced[0], whole[0], rel_tol=1e-6)
     assert_same_gradients(sliced[1], whole[1])
+
+
+@pytest.mark.parametrize("head", ["frozen", "learned", "scaled"])
+def test_the_loss_is_divided_by_the_tokens_of_the_step(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
+    """Each way of the output layer: what is clipped, told and added up over portions is a mean, not a sum."""
+    valve, batch = turned(), collate(rows(stage(TEXTS[:3])))
+    if head == "scaled":
+        monkeypatch.setattr(valve.model.config, "logits_scaling", 2.0, raising=False)
+    valve.model.get_output_embeddings().weight.requires_grad_(head == "learned")
+    alpha = batch.pop("alpha")
+    with valve.at(alpha), torch.no_grad():
+        whole, part = (float(Learner(valve)(**batch, divisor=divisor)) for divisor in (1.0, 16.0))
+    assert whole == pytest.approx(16 * part)
+
+
+def test_the_order_of_an_epoch_is_that_of_its_number_and_the_seed() -> None:
+    """The epoch stood above the 32 bits of a seed that are read: every epoch had the order of the first."""
+    found: dict[tuple[str, int, int], list[int]] = {}
+    for kind, weight in (("like lengths", {}), ("weighted", {"weight": 1.0})):
+        lengths = [{"input_ids": [0] * (1 + i % 7), **weight} for i in range(64)]
+        for seed, step in ((0, 0), (0, 3), (0, 4), (1, 0)):
+            trainer = SimpleNamespace(train_dataset=lengths, args=SimpleNamespace(train_batch_size=16, seed=seed), state=SimpleNamespace(global_step=step))
+            found[kind, seed, step] = list(_Order(trainer))  # pyright: ignore[reportArgumentType]
+    for kind in ("like lengths", "weighted"):
+        assert found[kind, 0, 0] == found[kind, 0, 3], "a run that goes on within the epoch"
+        assert len({tuple(found[kind, seed, step]) for seed, step in ((0, 0), (0, 4), (1, 0))}) == 3
 
 
 def test_logits_in_slices_are_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
