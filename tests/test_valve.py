@@ -823,6 +823,32 @@ def test_layers_that_read_the_same_input_share_a_product(monkeypatch: pytest.Mon
     assert all(inlet.down is not None and inlet.x is None for inlet in inlets)
 
 
+def test_a_shared_product_is_of_the_input_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass that was cut off leaves the product of its own input behind."""
+    apart, joined = valve(), valve()
+    one, two = torch.randn(2, 1, 3, 32, generator=torch.Generator().manual_seed(0))
+    query = "model.layers.0.self_attn.q_proj"
+    with torch.no_grad(), apart.at(0.7):
+        wanted = apart.model.get_submodule(query)(two)
+    monkeypatch.setattr("cotvalve.inlets.JOINED", {"cpu"})
+    with torch.no_grad(), joined.at(0.7):
+        joined.model.get_submodule(query)(one)
+        torch.testing.assert_close(joined.model.get_submodule(query)(two), wanted, **SAME)
+
+
+def test_what_else_acts_on_a_layer_is_left_to_peft() -> None:
+    """PEFT's own switch turns the adapter off inside `at` as well, and factors in fp32 go with a base in bf16, as in training."""
+    turned = valve()
+    with turned.at(0.7), turned.peft_model.disable_adapter():
+        assert torch.equal(models.logits(turned.model), models.logits(models.llama()))
+    mixed = valve(dtype=torch.bfloat16)
+    for name, parameter in mixed.model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    assert torch.equal(at(mixed, 0.0), models.logits(models.llama(dtype=torch.bfloat16)))
+    assert not torch.equal(at(mixed, 0.7), at(mixed, 0.0))
+
+
 @pytest.mark.parametrize("inference", [False, True], ids=["usual tensors", "tensors of inference mode"])
 def test_a_captured_graph_reads_the_factors_as_they_are(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
     """A graph holds on to memory: A of the joined layers stays where it is, also when its numbers change."""
