@@ -178,7 +178,7 @@ def test_a_scaled_direction_is_scaled_in_peft(tmp_path: Path, by: float) -> None
 
 
 def test_round_trip_is_exact_to_the_byte(tmp_path: Path) -> None:
-    d = direction(lora_alpha=7, use_rslora=True, **RANKS)
+    d = 1.0 * direction(lora_alpha=7, use_rslora=True, **RANKS)
     d.save(tmp_path / "one")
     loaded = Direction.load(tmp_path / "one")
     loaded.save(tmp_path / "two")

@@ -106,7 +106,7 @@ def test_what_is_not_finite_cannot_leak_through_alpha_0(dtype: torch.dtype, pois
     assert torch.equal(mixed[1], base[1]), "beside rows that are sick"
 
 
-@pytest.mark.parametrize(("dtype", "factor", "x"), [(torch.float16, 6e4, 1.0), (torch.float32, 1e15, 1e30)], ids=str)
+@pytest.mark.parametrize(("dtype", "factor", "x"), [(torch.float16, 100.0, 1e3), (torch.float32, 1e15, 1e30)], ids=str)
 def test_a_product_that_overflows_cannot_leak_through_alpha_0(dtype: torch.dtype, factor: float, x: float) -> None:
     """A and B are finite, A x is not: 0 * inf is NaN."""
     dial = valve(dtype=dtype).dial
