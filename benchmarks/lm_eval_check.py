@@ -119,6 +119,7 @@ KINDS = {
     "several": Kind("several boxes; math-verify makes a set of them", "cotvalve: the last box counts, as for hendrycks_math"),
     "heading": Kind("no box; the sentence below 'Final Answer' has two numbers, and cotvalve takes the first", "lm-eval"),
     "thousands": Kind("the thousands of a number stand apart ('\\boxed{9 500}')", "cotvalve: it is one number; math-verify multiplies"),
+    "repeated": Kind("one value several times in one box ('\\boxed{1, 1, 1}'); math-verify makes a set of it", "open: the question has one value, and the answer names it for each case"),
     "other": Kind("unexplained", "to be looked at"),
 }  # fmt: skip
 
@@ -165,6 +166,8 @@ def _only_theirs(seen: Seen) -> str:
     if seen.ours.reason == NO_BASE:
         return "base"
     given, read = seen.ours.predicted, seen.read.split(";")[0].strip(".$ ")
+    if given and given.count(",") and {part.strip() for part in given.split(",")} == {seen.gold.answer}:
+        return "repeated"
     if given is None or not _same(seen.gold.answer, read):
         return "other"
     whole, last = re.escape(read), _visible(seen.text).strip().rpartition("\n")[2]

@@ -61,6 +61,8 @@ _SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|operatorname)\s?\{([^{}]{0,200})\}")
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]+|\(?[A-Z]\)?")
+_DIFFERENCE = re.compile(r"[A-Za-z]{1,2}(?:\s?-\s?[A-Za-z]{1,2})+")
+"""'p - q' is no phrase with a hyphen: as one, 'p + q' had the same words."""
 _BASE = re.compile(r"(-?[0-9A-Z.]+)_\{?(\d+|two|ten)\}?")
 _COLON = re.compile(r"\d\s?:\s?\d")
 _MATRIX = re.compile(r"(-?(?:(?!\\begin|[-=+,;]).){0,60}?)\\begin\{pmatrix\}((?:(?!\\begin).){1,500})\\end\{pmatrix\}", re.DOTALL)
@@ -104,7 +106,7 @@ def _compare(gold: str, given: str, algebra: Algebra, *, parts: bool) -> str:
     if not given:
         return "no answer found"
     word = _WRAPPED.sub(r"\1", gold).strip()
-    if _WORD.fullmatch(word) and (word != gold or len(word) > 3):
+    if _WORD.fullmatch(word) and (word != gold or (len(word) > 3 and not _DIFFERENCE.fullmatch(word))):
         said = _WRAPPED.sub(r"\1", given).strip()
         chosen = re.match(r"\(([A-Z])\)", said)  # "(A) Line" for the choice (A)
         same = _letters(word) in (_letters(said), [chosen[1].casefold()] if chosen else None)
