@@ -105,6 +105,7 @@ KINDS = {
     "no box": Kind("no box in the text; lm-eval then compares the text itself", "cotvalve: 'The answer is 5.' and '... = 7 pieces' give the answer"),
     "first": Kind("'The answer is' stands there more than once; the filter takes the first", "cotvalve: 'The answer is 15-12 = 3. The answer is 3.' answers 3, not 15"),
     "earlier": Kind("'The answer is' stands there with another number, and the text goes on to a box", "cotvalve: the box, which the prompt asked for, is the last word"),
+    "computed": Kind("'The answer is 7/20 * 100 = 35%.'; the filter takes the number that the computation begins with", "cotvalve: the answer is what it ends with"),
     "spelling": Kind("the same number in another spelling (42.00 and 42, 50% and 50, 6th and 6)", "cotvalve: lm-eval compares strings"),
     "expression": Kind("the same expression in another spelling", "cotvalve: lm-eval compares strings"),
     "words": Kind("words beside the number in the box", "cotvalve: units are no part of a GSM8K answer"),
@@ -139,6 +140,8 @@ def explain(view: str, seen: Seen) -> str:
         return "first"
     if view == "cot strict-match" and boxed and not _same(seen.gold.answer, seen.read):
         return "earlier"
+    if view == "cot strict-match" and re.search(r"The answer is [^=\n]*=", seen.text):
+        return "computed"
     if view == "boxed":
         return "spelling" if seen.gold.kind == "number" else "expression"
     if view == "math_verify" and not boxed and re.fullmatch(r"\\text\{\([A-Z]\)\}|\([A-Z]\)", seen.gold.answer):

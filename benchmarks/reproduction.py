@@ -435,9 +435,9 @@ def draw(folders: Sequence[Path], only: Sequence[str], draws: int, home: Path) -
     return made
 
 
-def together(folders: Sequence[Path], curves: Sequence[str], draws: int, home: Path) -> list[Path]:
+def together(folders: Sequence[Path], curves: Sequence[str], draws: int, home: Path, also: Mapping[Place, Place] | None = None) -> list[Path]:
     """Accuracy against tokens of dials from several tables, LABEL=TABLE:SYSTEM each, beside the plain model of the first; gives the files."""
-    found = read(folders)
+    found = read(folders, also=also)
     chosen = [(label, *place.partition(":")[::2]) for label, _, place in (curve.partition("=") for curve in curves)]
     made: list[Path] = []
     for dataset in dict.fromkeys(dataset for name, dataset, apart in found if name == chosen[0][1] and not apart):
@@ -492,16 +492,17 @@ def main() -> None:
     parser.add_argument("--texts", action="append", default=[], help="FOLDER/STEP of a sweep that keeps its texts there; can be given several times")
     given = parser.parse_args()
     try:
+        also = dict(pair_of_places(told) for told in given.also)
         if given.publish:
             publish(given.folders, given.publish, given.texts)
             return
         if given.curve:
-            print(*together(given.folders, given.curve, given.draws, given.figures or Path()), sep="\n")
+            print(*together(given.folders, given.curve, given.draws, given.figures or Path(), also), sep="\n")
             return
         if given.figures:
             for path in draw(given.folders, given.table, given.draws, given.figures):
                 print(path, file=sys.stderr)
-        print(document(given.folders, given.table, given.against, given.loss, given.draws, given.subset, given.at, dict(pair_of_places(told) for told in given.also), given.held_out))
+        print(document(given.folders, given.table, given.against, given.loss, given.draws, given.subset, given.at, also, given.held_out))
     except CotvalveError as error:
         raise SystemExit(f"reproduction: {error}") from None
 

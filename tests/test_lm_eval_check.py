@@ -12,6 +12,7 @@ CASES = {
     "no box": ("boxed", "5", "10 - 5 = 5.\nThe answer is 5.", "", False),
     "first": ("cot strict-match", "20", "The answer is 32-12=20.\nThe answer is 20.", "32", False),
     "earlier": ("cot strict-match", "2", "He needs 20 / 5 = 4. The answer is 4.\nStep by step: he has 3 of 5.\nHe needs \\boxed{2} more.", "4", False),
+    "computed": ("cot strict-match", "35", "All the dogs have 20 puppies. The answer is 7/20 * 100 = 35%.", "7", False),
     "spelling": ("flexible-extract", "42", r"Roy has \boxed{42.00}.", "42.00", False),
     "cut": ("flexible-extract", "4", "He will be 40 + 2*16 = 72 inches tall.\nAdam is 4", "4", True),
     "chance": ("flexible-extract", "3", r"It costs \boxed{0} dollars more than 1/3 pound.", "3", False),
@@ -39,6 +40,7 @@ def test_differences_have_their_class(kind: str, case: tuple[str, str, str, str,
     ("kind", "gold", "text", "read"),
     [
         ("base", "4210_{5}", r"The final answer is \boxed{4210}.", "4210; 4210"),
+        ("repeated", "1", r"The possible values are \boxed{1, 1, 1}.", "{1}; 1, 1, 1"),
         ("choice", r"\text{(C)}", "It is parallel to the $xy$-plane. The answer is (C).", "x*y; xy"),
     ],
 )
