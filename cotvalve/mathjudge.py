@@ -183,16 +183,17 @@ def main() -> None:
     _limit_memory()
     answers.write("{}\n")
     answers.flush()
+    alarm = getattr(signal, "alarm", lambda _seconds: 0)  # Windows has none
     for line in sys.stdin:
         question = json.loads(line)
-        signal.alarm(ABANDONED_SECONDS)  # nothing handles it: the kernel ends this process, whatever it computes
+        alarm(ABANDONED_SECONDS)  # nothing handles it: the kernel ends this process, whatever it computes
         try:
             gold = parse(f"${question['gold']}$", parsing_timeout=0)
             given = parse(f"${question['given']}$", parsing_timeout=0)
             reason = NOT_READ if not given else "" if verify(gold, given, timeout_seconds=0) else NOT_EQUAL
         except (MemoryError, RecursionError):
             reason = FAILED
-        signal.alarm(0)
+        alarm(0)
         answers.write(json.dumps({"reason": reason}) + "\n")
         answers.flush()
 
