@@ -93,7 +93,8 @@ def test_fractions_are_exact(value: Fraction) -> None:
 
 @pytest.fixture(scope="module")
 def _warm() -> None:
-    """Starting the worker is no part of any grade's time."""
+    """Starting the worker is no part of any grade's time; a verdict that is known starts none."""
+    mathjudge._verdicts.clear()
     assert grade(("\\sqrt{8}", "math"), "\\boxed{2\\sqrt{2}}").correct
 
 
