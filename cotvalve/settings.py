@@ -60,7 +60,7 @@ def _numbers(value: Any) -> Any:
     numbers: list[float] = []
     for item in value:
         try:
-            number = float(item)
+            number = float(item) + 0.0  # -0 is 0
         except (TypeError, ValueError):
             raise ValueError(f"'{item}' is not a number; write alphas like 0,0.25,0.5,1") from None
         if number != number or number in (float("inf"), float("-inf")):

@@ -48,10 +48,11 @@ class Sample(Settings):
         (0.3, (0.3,)),
         (1, (1.0,)),
         ("1e-1", (0.1,)),
+        ("-0", (0.0,)),
     ],
 )
 def test_alphas_in_any_spelling(given: object, expected: tuple[float, ...]) -> None:
-    assert Sample(alphas=given).alphas == expected
+    assert repr(Sample(alphas=given).alphas) == repr(expected)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_alphas_in_any_spelling(given: object, expected: tuple[float, ...]) -> N
         ([0.5, None], "'None' is not a number"),
         ("", "no alpha was given"),
         ("0,1,1.0", "alpha 1 is given twice"),
+        ("0,-0", "alpha 0 is given twice"),
         (" , ", "no alpha was given"),
         ([], "no alpha was given"),
     ],
