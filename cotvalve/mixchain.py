@@ -72,6 +72,8 @@ class Sampling(ModelSettings):
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError("several samples at temperature 0 are all the same; give a temperature, for example 0.7")
         way = prompt(self.prompt)
+        if way.budgets and self.budget is None:
+            raise ValueError(f"the prompt '{self.prompt}' needs a token budget; give budget, for example 100")
         if self.budget is not None and not way.budgets:
             asking = ", ".join(name for name, way in PROMPTS.items() if way.budgets)
             raise ValueError(f"the prompt '{self.prompt}' names no token budget; leave budget out, or take one of the prompts {asking}")
@@ -332,10 +334,7 @@ def short_chains(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBas
     """Human-written solutions as one-chain MixChain: the cold start's data (eq. 2)."""
     texts = [chain_from_solution(problem, thinking) for problem in problems]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [
-        MixChain(problem, (Chain(text, len(own), solution=0),))
-        for problem, text, own in zip(problems, texts, ids, strict=True)
-    ]
+    return [MixChain(problem, (Chain(text, len(own), solution=0),)) for problem, text, own in zip(problems, texts, ids, strict=True)]
 
 
 def describe(mix: Sequence[MixChain]) -> dict[str, float]:

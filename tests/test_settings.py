@@ -169,6 +169,7 @@ def test_flags_mean_the_same_everywhere() -> None:
         (TrainSettings, {"recipe": "reward", "dropout": 0.1}, "without dropout"),
         (TrainSettings, {"prompt": "budget"}, "asks for a token budget"),
         (SweepSettings, {"prompt": "plain", "budget": 50}, "the prompt 'plain' names no token budget; leave budget out"),
+        *((cls, {"prompt": "budget-qwq"}, "the prompt 'budget-qwq' needs a token budget; give budget, for example 100") for cls in (MixSettings, SweepSettings, CalibrateSettings)),
         (SweepSettings, {"prompt": "budget", "budget": 0}, "setting 'budget': Input should be greater than or equal to 1"),
         (FitSettings, {"batch": 0}, "batch.*greater than or equal to 1"),
         (FitSettings, {"epochs": 0}, "epochs.*greater than 0"),
