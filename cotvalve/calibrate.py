@@ -26,7 +26,7 @@ from cotvalve.problems import fingerprint as data_fingerprint
 from cotvalve.records import Json, Run, disk, read_json, read_parquet, write_text
 from cotvalve.repetition import loops
 from cotvalve.resampling import answers, widened
-from cotvalve.settings import Alphas, NotNegative
+from cotvalve.settings import Alphas, Count, NotNegative
 from cotvalve.statistics import paired, point
 from cotvalve.types import Interval, Progress, silent
 
@@ -41,7 +41,7 @@ class CalibrateSettings(Sampling):
     """The direction whose dial is measured."""
     data: str = "gsm8k"
     """A data set with training questions: those that `train` and `mix` never see are answered."""
-    limit: int | None = 400
+    limit: Count | None = 400
     """So many of them, chosen by the seed; all when there are fewer."""
     # Trained dials do most of their travel in the first quarter, so the grid is finest there.
     alphas: Alphas = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5)

@@ -94,7 +94,7 @@ class MixSettings(Sampling):
     """The direction whose positions are sampled; empty samples the plain model at alpha 0."""
     data: str = "gsm8k"
     """A data set: its training questions are answered."""
-    limit: int | None = None
+    limit: Count | None = None
     """A seeded random subset of this many questions."""
     offset: int = 0
     """Questions of that random order to pass over first: with the same seed, other questions for each round of sampling and learning."""

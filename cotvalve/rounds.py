@@ -40,7 +40,7 @@ class RewardSettings(Sampling, FitSettings):
     """A LoRA direction to go on from; empty starts a new one from the plain model's own chains."""
     data: str = "gsm8k"
     """A data set: its training questions are answered."""
-    limit: int | None = 600
+    limit: Count | None = 600
     """Questions of a round; each round has others, until all were asked."""
     offset: int = 0
     """Questions that an earlier run of the same seed has asked: where `direction` is one of `reward`, its rounds times its limit."""

@@ -24,6 +24,7 @@ from cotvalve.mixchain import Asked, Sampling, requests_for, sample_rows
 from cotvalve.problems import fingerprint, load
 from cotvalve.records import Json, RowStore, Run, read_json, read_parquet, write_json, write_parquet
 from cotvalve.report import Example, ReportData, write_report
+from cotvalve.settings import Count
 from cotvalve.statistics import Paired, paired, paired_over_grid, points
 from cotvalve.types import Completion, Grade, Point, Problem, Progress, Sweep, silent
 
@@ -40,7 +41,7 @@ class SweepSettings(Sampling):
     """Data sets, with commas: gsm8k, math500, asdiv, aime24, aime25, arithmetic, or a .jsonl file."""
     split: str = "test"
     """Part of the data sets: choose alpha on 'heldout' (training questions nothing is trained on), report on 'test'."""
-    limit: int | None = None
+    limit: Count | None = None
     """A seeded random subset of this many problems per data set."""
     baselines: str = ""
     """Prompt baselines, with commas: budget, shortcut, budget-qwq, budget-llama."""

@@ -32,7 +32,7 @@ from cotvalve.problems import subset, training
 from cotvalve.prompts import prompt, thinks
 from cotvalve.recipes import Stage
 from cotvalve.records import Json, Run, disk, read_json, write_json
-from cotvalve.settings import ModelSettings
+from cotvalve.settings import Count, ModelSettings
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Problem, Progress, Toward, silent
 from cotvalve.valve import Valve
@@ -179,7 +179,7 @@ class TrainSettings(ModelSettings, FitSettings):
     """valve (eq. 2), plus (CoT-Valve++, eq. 3 and 4), progressive (CoT-Valve+P) or reward (policy gradient on chains of `mix`)."""
     data: str = "gsm8k"
     """A data set with human-written solutions (cold start, recipe valve), or MixChain: a run folder of `mix`, a file, or a hub id."""
-    limit: int | None = None
+    limit: Count | None = None
     """A seeded random subset of this many questions."""
     direction: str = ""
     """A LoRA direction to go on from; empty starts a new one."""
