@@ -10,6 +10,7 @@ questions are the held-out ones, which `train` and `mix` never see; a test set i
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,11 @@ class CalibrateSettings(Sampling):
     out: str = "runs/calibrate"
     """Run folder."""
 
+    def model_post_init(self, context: Any, /) -> None:
+        super().model_post_init(context)
+        if self.limit is not None and (few := _too_few(self.limit)):
+            raise ValueError(few)
+
 
 def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
     """Samples what is missing and writes the calibration; returns the path of `calibration.md`."""
@@ -63,8 +69,10 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
     home = fetch(settings.direction, DIRECTION_FILES)
     if settings.sweep:
         return _from_sweep(settings, home)
-    valve = settings.load_valve(settings.direction)
     problems = load(settings.data, split=HELD_OUT, data_dir=settings.data_dir, limit=settings.limit, seed=settings.seed)
+    if few := _too_few(len(problems)):
+        raise DataError(few)
+    valve = settings.load_valve(settings.direction)
     chosen_on = f"{len(problems)} {_origin(home, settings.data)}"
     alphas = sorted({0.0, *settings.alphas})
     facts = {
@@ -181,8 +189,8 @@ def _errors(
 ) -> tuple[float, float, float | None]:
     """Mean and worst relative error from one half of the questions to the other, and that between measured alphas."""
     questions = tokens_A_P.shape[1]
-    if questions < 2:
-        raise DataError(f"{questions} question: a calibration needs 2 or more to know its own error; raise --limit")
+    if few := _too_few(questions):
+        raise DataError(few)
     random = np.random.default_rng(seed)
     missed: list[NDArray[np.float64]] = []
     between: list[float] = []
@@ -205,6 +213,10 @@ def _errors(
         raise DataError("too few chains could be run to measure the calibration's error; see the reasons in the rows")
     by_alpha = np.mean(missed, axis=0)
     return float(by_alpha.mean()), float(by_alpha.max()), float(np.mean(between)) if between else None
+
+
+def _too_few(questions: int) -> str:
+    return "" if questions > 1 else f"{questions} question: a calibration needs 2 or more to know its own error; raise --limit, or give more questions"
 
 
 def _origin(folder: Path, data: str) -> str:

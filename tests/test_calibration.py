@@ -429,3 +429,12 @@ def test_calibrating_without_a_direction_or_on_a_test_set_is_refused(settings: C
         run(settings.but(data="math500"))
     with pytest.raises(SettingError, match="tolerance"):
         settings.but(tolerance=-1.0)
+
+
+def test_a_single_question_is_told_before_anything_is_loaded(settings: CalibrateSettings, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="1 question: a calibration needs 2 or more"):
+        settings.but(limit=1)
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) + "\n" for n in range(6)))  # one/5 is held out
+    with pytest.raises(DataError, match="1 question: a calibration needs 2 or more"):
+        run(settings.but(data=str(tmp_path / "one.jsonl")))
