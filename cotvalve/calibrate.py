@@ -150,7 +150,7 @@ def measure(
         at = point("dial", "held-out", alpha, found, 1.0, seed=seed)
         test = paired(found, plain, dataset="held-out", a=f"{alpha:g}", b="0", seed=seed)
         # Alpha 0 differs from itself by nothing, for sure.
-        difference = widened(test.accuracy_difference_ci, *_changed(found, plain), test.problems) if alpha else Interval(0.0, 0.0)
+        difference = widened(test.accuracy_difference_ci, _rights(found) - _rights(plain)) if alpha else Interval(0.0, 0.0)
         cut = np.array([row["finish"] == "length" for row in found])
         looping = np.array([loops(row["text"]) for row in found])
         positions.append(
@@ -178,10 +178,9 @@ def measure(
     )  # fmt: skip
 
 
-def _changed(found: Sequence[Json], plain: Sequence[Json]) -> tuple[int, int]:
-    """Questions answered better than at alpha 0, and worse."""
-    here, there = answers(found, "dial").right_P_S.mean(1), answers(plain, "alpha 0").right_P_S.mean(1)
-    return int((here > there).sum()), int((here < there).sum())
+def _rights(rows: Sequence[Json]) -> NDArray[np.float64]:
+    """The share of each question's samples that is right."""
+    return answers(rows, "dial").right_P_S.mean(1)
 
 
 def _errors(

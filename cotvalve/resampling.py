@@ -93,17 +93,26 @@ def interval(draws: Floats, estimate: float) -> Interval:
     return Interval(min(low, estimate), max(high, estimate))
 
 
-def widened(within: Interval, gained: int, lost: int, problems: int) -> Interval:
-    """A bootstrap interval of a difference in points, reaching to what so few changed problems cannot exclude.
+def widened(within: Interval, difference_P: Floats) -> Interval:
+    """A bootstrap interval of a mean difference in points, reaching to what so few changed problems cannot exclude.
 
-    Resamples of no loss show none, and of a handful too little; so many problems leave room for this much.
+    Resamples of no loss show none, and of a handful too little; so many problems leave room for this much. A problem counts
+    by the share of its samples that changed. Resamples of equal values show nothing but that value, whatever it is.
 
-    >>> ends = widened(Interval(0.0, 0.0), 0, 0, 400)
+    >>> ends = widened(Interval(0.0, 0.0), np.zeros(400))
     >>> round(ends.low, 2), round(ends.high, 2)
     (-0.92, 0.92)
     """
-    few = 5
-    low, high = gained / problems - at_most(min(lost, few), problems), at_most(min(gained, few), problems) - lost / problems
+    problems = len(difference_P)
+    if within.high - within.low < 1e-9:
+        mean, room = float(difference_P.mean()), at_most(0, problems)
+        low, high = max(mean - room, -1.0), min(mean + room, 1.0)
+    else:
+        few = 5
+        gained, lost = (float(np.maximum(side, 0).sum()) for side in (difference_P, -difference_P))
+        # To the next whole problem; thirds of one may add up to a hair more.
+        most = [at_most(min(math.ceil(changed - 1e-9), few), problems) for changed in (lost, gained)]
+        low, high = gained / problems - most[0], most[1] - lost / problems
     return Interval(min(within.low, 100 * low), max(within.high, 100 * high))
 
 

@@ -201,7 +201,7 @@ def paired(
     accuracy_a, accuracy_b = 100 * float(left.right_P_S.mean()), 100 * float(right.right_P_S.mean())
     ci = interval(differences, accuracy_a - accuracy_b)
     if alone or np.ptp(differences) < 1e-9:  # resampling equal values gives no width: each problem is counted once instead
-        ci = widened(ci, better, worse, len(left.problems))
+        ci = widened(ci, difference_P)
     log_ratio = _log_ratio(left, right, np.ones((1, len(left.problems))))[0]
     ratio_ci = interval(log_ratios, log_ratio)
     return Paired(

@@ -157,6 +157,17 @@ def test_a_question_lost_leaves_more_room_for_losses_than_none() -> None:
     assert lows[3] < -11
 
 
+def test_of_several_samples_each_counts_for_its_part_of_a_question() -> None:
+    """Three of 100 questions lose one of four samples, which is no whole question: room for 1 loss of 100, not for 3."""
+    four = [{**row, "sample": sample} for row in rows({0.0: 300.0, 1.0: 100.0}, questions=100, right={0.0: 1.0, 1.0: 1.0}) for sample in range(4)]
+    made = measure([{**row, "correct": (row["alpha"], row["sample"]) != (1.0, 0) or row["problem"] not in ("q1", "q2", "q3")} for row in four])
+    assert made.positions[-1].difference == pytest.approx(-0.75)
+    assert made.positions[-1].difference_ci.low == pytest.approx(-5.446, abs=0.001)
+    # Of every question half is lost: resamples are all the same, and as much room is left as where none is, 3.62 points.
+    half = measure([{**row, "correct": row["alpha"] == 0 or row["sample"] < 2} for row in four]).positions[-1]
+    assert (half.difference_ci.low, half.difference_ci.high) == pytest.approx((-53.62, -46.38), abs=0.01)
+
+
 def test_at_most_loss_takes_the_shortest_that_is_sure(shorter: Calibration) -> None:
     assert shorter.at_most_loss(5).alpha == 0.25
     found = shorter.at_most_loss(20)
