@@ -37,7 +37,7 @@ from cotvalve.problems import HELD_OUT
 from cotvalve.records import Json, read_json, read_parquet, write_parquet
 from cotvalve.repetition import loops
 from cotvalve.report import number, signed, span, table
-from cotvalve.resampling import Floats, answers, interval, resamples
+from cotvalve.resampling import Floats, answers, interval, resamples, widened
 from cotvalve.statistics import Paired, paired, point, spearman, travel
 from cotvalve.types import Interval, Point
 
@@ -389,7 +389,12 @@ def equal_length(a: Dial, b: Dial, draws: int) -> Gap:
         return Gap(None, Interval(0.0, 0.0), 0, len(sides) - known)
     estimate = gap(np.array([p.accuracy for p in plain]), lengths)
     accuracy, tokens = drawn(sides, draws)
-    return Gap(estimate, interval(np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])]), estimate), len(used), len(sides) - known)
+    gaps = np.array([gap(accuracy[:, i], tokens[:, i]) for i in range(accuracy.shape[1])])
+    within = interval(gaps, estimate)
+    if np.ptp(gaps) < 1e-9:  # every question has the gap of them all
+        asked = {row["problem"] for rows in sides[0].values() for row in rows}
+        within = widened(within, np.full(len(asked), estimate / 100))
+    return Gap(estimate, within, len(used), len(sides) - known)
 
 
 def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "", at: Sequence[float] = (), also: Mapping[Place, Place] | None = None, held_out: bool = False) -> str:

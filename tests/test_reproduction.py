@@ -237,6 +237,15 @@ def test_accuracy_at_equal_length_on_paper() -> None:
     assert str(reproduction.equal_length(short, b, 9)) == DASH
 
 
+def test_a_gap_that_no_draw_changes_stays_open() -> None:
+    """All four questions right on both dials, or on one alone: 60 points of room (0 of 4, one-sided 2.5 %), where resamples show none."""
+    b = {alpha: {"0": rows(alpha, "++++", [tokens] * 4)} for alpha, tokens in ((0.0, 400), (1.0, 100))}
+    for right, low, high in (("++++", -60.24, 60.24), ("----", -100, -39.76)):
+        gap = reproduction.equal_length({1.0: {"0": rows(1.0, right, [200] * 4)}}, b, 99)
+        assert (gap.within.low, gap.within.high) == pytest.approx((low, high), abs=0.01)
+        assert gap.within.low <= gap.points <= gap.within.high
+
+
 def test_lengths_that_nearly_meet_are_compared_and_positions_below_0_are_no_part_of_the_curve() -> None:
     b = {-1.0: {"0": rows(-1.0, "----", [800] * 4)}, 0.0: {"0": rows(0.0, "++--", [400] * 4)}, 1.0: {"0": rows(1.0, "++++", [100] * 4)}}
     for tokens, compared in ((99, 1), (97, 0), (407, 1), (409, 0), (600, 0)):
