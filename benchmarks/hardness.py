@@ -76,6 +76,8 @@ def tables(folders: Sequence[Path], table: str, systems: Sequence[str], alphas: 
     if tests and (missing := [system for system in systems if system not in known]):
         raise DataError(f"there is no '{missing[0]}' in table {table}; it has {', '.join(known)}")
     for dataset, here in tests.items():
+        if PLAIN not in here.systems:
+            raise DataError(f"table {table} has no {PLAIN} on {dataset}, which the others stand against; sweep it there")
         # A sweep with a limit answered some of them: thirds and counts are of those.
         asked = questions(here)
         problems = [problem for problem in load(dataset, split="test", data_dir=data_dir) if problem.id in asked]

@@ -114,6 +114,9 @@ def test_who_pays_is_told_by_the_length_of_the_human_solution(tmp_path: Path, mo
         hardness.tables([tmp_path / "0"], "main", ["W"], [1.0], 99, None)
     with pytest.raises(DataError, match="no sweep of table 'other'"):
         hardness.tables([tmp_path / "0"], "other", ["V"], [1.0], 99, None)
+    write_parquet(other / "rows.parquet", [{**row, "dataset": "math500"} for row in rows if row["system"] == "V"])
+    with pytest.raises(DataError, match="table main has no plain model on math500"):
+        hardness.tables([tmp_path / "0"], "main", ["V"], [1.0], 99, None)
     with pytest.raises(DataError, match="without human solutions"):
         hardness.thirds([replace(one, solution="") for one in nine])
 
