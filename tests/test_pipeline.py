@@ -106,6 +106,8 @@ def test_arguments_replace_the_recipe_s_own(tmp_path: Path) -> None:
     assert isinstance(other, MixSettings)
     assert (valve.model, valve.data_dir, valve.out) == ("third/model", "sets", "elsewhere/valve")
     assert other.model == "other/model"
+    told = write(tmp_path, f"out: runs/told\n{GOOD}")
+    assert (pipeline.read(told).out, pipeline.read(told, out="elsewhere").out) == (Path("runs/told"), Path("elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,9 @@ def test_a_recipe_that_is_no_text_is_told_in_a_line(tmp_path: Path) -> None:
     assert [getattr(step.settings, "seed") for step in pipeline.read(str(tmp_path / "merged.yaml")).steps] == [1, 2]  # noqa: B009
 
 
-def test_recipes_are_found_by_name_and_the_nearest_one_is_offered() -> None:
+def test_recipes_are_found_by_name_and_the_nearest_one_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").write_text("a file of that name is no recipe")
+    monkeypatch.chdir(tmp_path)
     assert pipeline.read("tiny").name == "tiny"
     assert pipeline.read("recipes/tiny.yaml").name == "tiny"
     assert pipeline.recipe_path("qwq-32b-preview").name == "qwq-32b-preview.yaml"
@@ -301,6 +305,12 @@ def test_a_step_whose_input_was_made_anew_is_not_passed_over(tmp_path: Path) -> 
     assert not made["pair"].exists()
     with pytest.raises(DataError, match="out/plain: was made from another 'pair', which was made anew or changed; remove this folder"):
         go(4)
+    # A record from before steps had ids says nothing of its input.
+    record = tmp_path / "out" / "steps.json"
+    noted = read_json(record)
+    write_json(record, {**noted, "plain": {**noted["plain"], "inputs": {"pair": ""}}})
+    assert go(4) == made
+    write_json(record, noted)
     shutil.rmtree(made["plain"])
     assert (go(4)["plain"] / "model.safetensors").read_bytes() != before
 
@@ -323,9 +333,11 @@ steps:
 
     with pytest.raises(KeyboardInterrupt):
         dict(pipeline.run(recipe, stopping))
+    begun = ids()
+    assert begun["mix"], "stopped on its way, it has an id as well"
     made = dict(pipeline.run(recipe))
     before = ids()
-    assert before["mix"], "stopped on its way, it has an id as well"
+    assert before["mix"] == begun["mix"], "gone on with, it is the same"
     shutil.rmtree(made["mix"])
     kept = shutil.move(made["valve"], tmp_path / "kept")
     with pytest.raises(KeyboardInterrupt):
