@@ -31,7 +31,7 @@ from cotvalve.problems import load
 from cotvalve.prompts import render_messages
 from cotvalve.serve import ServeSettings, listen, run
 from cotvalve.serve.batching import Batcher, Busy, Front, Unfold
-from cotvalve.serve.protocol import Ask, Refused, Split
+from cotvalve.serve.protocol import Ask, Refused, Split, usage
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion, Interval, Request
 
@@ -776,6 +776,17 @@ def test_thinking_is_told_from_the_answer_however_the_text_is_cut(text: str, pro
         assert "content" not in whole
 
 
+def test_what_was_held_back_comes_with_the_end() -> None:
+    """The beginning of a mark that never came is text."""
+    assert Split("").add("<thin", last=True) == {"content": "<thin"}
+    assert Split("<think>").add("so </thin", last=True) == {"reasoning_content": "so </thin"}
+
+
+def test_usage_has_the_prompt_once_and_the_thinking_of_every_choice() -> None:
+    told = usage([Completion("0", 0.0, "", 10, "stop", 7, 4), Completion("1", 0.0, "", 20, "stop", 7, 6)])
+    assert told == {"prompt_tokens": 7, "completion_tokens": 30, "total_tokens": 37, "completion_tokens_details": {"reasoning_tokens": 10}}
+
+
 # The page, the settings
 
 
@@ -838,6 +849,7 @@ def test_the_default_position_has_to_be_on_the_dial(valve: Valve) -> None:
         assert (refused.value.param, refused.value.code) == (*fields, "out_of_range")
     assert Dial.of(small(), ServeSettings(model="./runs/mine"), streams=True).name == "mine"
     assert Dial.of(small(), ServeSettings(model="owner/name"), streams=True).name == "owner/name"
+    assert Dial.of(small(), ServeSettings(model="./runs/a@b"), streams=True).name == "a-b", "behind an @ stands an alpha"
     plain = Valve(models.llama(), models.tokenizer())
     assert (Dial.of(plain, ServeSettings(), streams=True).low, Dial.of(plain, ServeSettings(), streams=True).high) == (
         0.0,
