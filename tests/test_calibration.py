@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotvalve import Valve, sweep
-from cotvalve.calibrate import CalibrateSettings, measure, run
+from cotvalve.calibrate import CalibrateSettings, _origin, measure, run
 from cotvalve.calibration import Calibration, fingerprint, fit, pool
+from cotvalve.checkpoints import DIRECTION_FILES, fetch
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, SettingError
-from cotvalve.records import read_parquet, write_parquet
+from cotvalve.records import RowStore, read_parquet, write_parquet
 from cotvalve.repetition import loops
 from cotvalve.sweep import SweepSettings
 
@@ -215,10 +217,14 @@ def test_a_base_model_that_is_cut_itself_is_the_measure() -> None:
 def test_the_error_is_of_questions_the_curve_has_not_seen() -> None:
     few, many = measure(rows(SHORTER, questions=20)).error, measure(rows(SHORTER, questions=800)).error
     assert 0 < many.questions < few.questions < 0.5
-    assert many.questions <= many.worst
-    assert many.between is not None
-    assert many.between > many.questions
-    assert many.single.low < 0.75 < 1.3 < many.single.high
+    assert many.questions < many.worst
+    # Left out, 0.1, 0.25 and 0.5 are read off a line between the logarithms of their neighbours: 2, 25 and 12 % off.
+    assert many.between == pytest.approx(0.128, abs=0.015)
+    # A tenth and nine of a lognormal of 0.3.
+    assert (many.single.low, many.single.high) == pytest.approx((math.exp(-0.384), math.exp(0.384)), rel=0.04)
+    # A chain that could not be run is no short one.
+    failed = [{**row, "finish": "error", "tokens": 0} if i % 5 == 0 else row for i, row in enumerate(rows(SHORTER, questions=100))]
+    assert measure(failed).error.single.low > 0.5
 
 
 def test_measuring_needs_alpha_0_and_questions() -> None:
@@ -229,6 +235,14 @@ def test_measuring_needs_alpha_0_and_questions() -> None:
     errors = [{**row, "finish": "error", "tokens": 0} for row in rows(SHORTER, questions=4)]
     with pytest.raises(DataError, match="no chain could be run"):
         measure(errors)
+    # Halves in which none could be run at some position say nothing; where that is so of all, there is no error to tell.
+    four, two = (
+        [{**row, "finish": "error", "tokens": 0} if (row["alpha"], row["problem"]) in ((0.5, "q0"), (0.5, last)) else row for row in rows(SHORTER, questions=count)]
+        for count, last in ((4, "q1"), (2, "q0"))
+    )
+    assert 0 < measure(four).error.questions < 1
+    with pytest.raises(DataError, match="too few chains could be run"):
+        measure(two)
 
 
 # Loops
@@ -357,6 +371,7 @@ def test_calibrate_writes_beside_the_direction_and_goes_on(settings: CalibrateSe
     assert "held-out training questions of arithmetic" in made.chosen_on
     assert made.chosen_on in said
     assert f"{made.error.questions:.1%}" in said
+    assert "sweep" not in json.loads((tmp_path / "run" / "run.json").read_text())["settings"], "as in folders from before there was such a setting"
     # Again, with another tolerance: the rows are there, none is sampled, none changes.
     sampled: list[str] = []
     before = (tmp_path / "run" / "rows.sqlite").read_bytes()
@@ -371,6 +386,15 @@ def test_calibrate_writes_beside_the_direction_and_goes_on(settings: CalibrateSe
     (tmp_path / "d" / "calibration.json").unlink()
     with pytest.raises(DataError, match="fingerprint"):
         run(settings)
+
+
+def test_positions_are_measured_with_the_same_random_numbers(settings: CalibrateSettings, tmp_path: Path) -> None:
+    """Of a direction that is zero every position has the plain model's chains, also where they are drawn."""
+    run(settings.but(direction=str(direction(tmp_path / "zero", by=0.0)), temperature=1.0))
+    with closing(RowStore(tmp_path / "run" / "rows.sqlite")) as store:
+        texts = {alpha: [row["text"] for row in store.rows() if row["alpha"] == alpha] for alpha in (0.0, 0.5, 1.0)}
+    assert len(set(texts[0.0])) > 1
+    assert texts[0.0] == texts[0.5] == texts[1.0]
 
 
 def test_a_sweep_of_the_held_out_questions_makes_the_same_calibration(settings: CalibrateSettings, tmp_path: Path) -> None:
@@ -424,13 +448,41 @@ def test_only_held_out_questions_are_asked(settings: CalibrateSettings) -> None:
 
     run(settings)
     text = {p.id: p for p in load("arithmetic", split="train")}
-    from cotvalve.records import RowStore
-
-    store = RowStore(Path(settings.out) / "rows.sqlite")
-    asked = {row["problem"] for row in store.rows()}
-    store.close()
+    with closing(RowStore(Path(settings.out) / "rows.sqlite")) as store:
+        asked = {row["problem"] for row in store.rows()}
     assert len(asked) == 6
     assert all(held_out(text[name]) for name in asked)
+
+
+def test_a_direction_that_is_not_ours_to_write_to_gets_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub's cache, or the package: the calibration stays in the run folder."""
+    home = shutil.copytree(fetch("tiny-valve", DIRECTION_FILES), tmp_path / "cache")
+    (home / "calibration.json").unlink(missing_ok=True)
+    monkeypatch.setattr("cotvalve.calibrate.fetch", lambda *_: home)
+    said = run(CalibrateSettings(direction="tiny-valve", data="arithmetic", limit=2, alphas=(0.0, 1.0), max_new_tokens=4, degenerate=100.0, device="cpu", out=str(tmp_path / "run")))
+    assert (tmp_path / "run" / "calibration.json").exists()
+    assert not (home / "calibration.json").exists()
+    assert "copy it into the direction's folder" in said.read_text()
+
+
+def test_whether_a_direction_has_seen_the_questions_is_told_by_what_it_was_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "chains.jsonl").write_text('{"question": "1 + 1?", "answer": "2", "chains": []}\n')
+    elsewhere = "which a direction made elsewhere may have seen"
+
+    def trained(name: str, data: str, before: str = "") -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"verb": "train", "settings": {"data": data, "direction": before}}))
+        return _origin(tmp_path / name, "gsm8k")
+
+    assert elsewhere not in trained("named", "gsm8k")
+    assert elsewhere not in trained("file", str(tmp_path / "mine.jsonl"))
+    assert elsewhere not in trained("mixed", str(tmp_path / "named"))
+    assert elsewhere not in trained("on", "gsm8k", str(tmp_path / "named"))
+    assert elsewhere in trained("chains", str(tmp_path / "chains.jsonl"))
+    assert elsewhere in trained("hub", "owner/mixchain")
+    assert elsewhere in trained("on-hub", "gsm8k", str(tmp_path / "hub"))
+    assert elsewhere in _origin(tmp_path / "nowhere", "gsm8k")
 
 
 def test_calibrating_without_a_direction_or_on_a_test_set_is_refused(settings: CalibrateSettings) -> None:

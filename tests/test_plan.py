@@ -258,6 +258,31 @@ def test_tokens_come_from_table_9(tmp_path: Path) -> None:
     assert row(text, "all")[2] == str(Range.of(6863 * (116.0 + 279.6 + 310.7 + 386.7 + 497.2 + 5 * plan.PROMPT)))
 
 
+def test_what_is_sampled_and_what_is_learned_from_it_on_paper(tmp_path: Path) -> None:
+    """Answers by data set and by step, at most as long as may be written; of 100 questions 70 to 100 keep their chains."""
+    sizes = f"""sizes:
+  models: {{some/model: {json.dumps(numbers())}}}
+  data: {{gsm8k: {{answers: [100, 300]}}}}
+  steps: {{human: {{answers: [200, 300]}}}}
+"""
+    text = plan.describe(recipe(tmp_path, """
+  mix: {verb: mix, model: some/model, direction: some/dial, data: gsm8k, limit: 100, max_new_tokens: 200}
+  human: {verb: mix, model: some/model, direction: some/dial, data: gsm8k, limit: 100, solutions: true}
+  valve: {verb: train, model: some/model, data: $mix, epochs: 2}
+  plus: {verb: train, recipe: plus, model: some/model, data: $human}
+  two: {verb: train, recipe: progressive, model: some/model, data: horseee/MixChain-Z-GSM8K, stages: 2}
+  cut: {verb: train, model: some/model, data: horseee/MixChain-Z-GSM8K, solution: 4, max_length: 300, limit: 50}
+""", sizes))  # fmt: skip
+    tokens = {name: row(text, name)[2] for name in ("mix", "valve", "plus", "two", "cut")}
+    assert tokens["mix"] == str(Range(1200 * 100, 1200 * 200)), "six positions, two samples"
+    # The shortest chain of a question, which is at most half way to the longest in the mean.
+    assert tokens["valve"] == str(Range(2 * 70 * (100 + plan.PROMPT), 2 * 100 * (150 + plan.PROMPT)))
+    # 0.7 x 12 chains and the human one, to all 13 of them, less the longest.
+    assert tokens["plus"] == str(Range(70 * 8.4 * (121.8 + plan.PROMPT), 100 * 12 * (300 + plan.PROMPT)))
+    assert tokens["two"] == str(Range.of(6863 * (497.2 + 386.7 + 2 * plan.PROMPT))), "the longest first"
+    assert tokens["cut"] == str(Range.of(50 * (300 + plan.PROMPT)))
+
+
 def numbers(**changed: object) -> dict[str, object]:
     plain: dict[str, object] = {
         "family": "qwen2", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64,
