@@ -220,6 +220,8 @@ def test_how_many_cards_training_needs() -> None:
     packed = costs.training_memory(QWEN_32B, TrainSettings(rank=2, quantize_4bit=True, **small), Range.of(1000))
     assert packed.weights / GIB == pytest.approx(17.8, abs=1)
     assert packed.cards(CARDS[0]) == 1
+    rows = [costs.training_memory(QWEN_32B, TrainSettings(rank=2, packing=packing, max_length=4096), Range.of(100)).least for packing in (False, True)]
+    assert rows[1] / rows[0] == pytest.approx(4096 / 400), "packed rows are all as long as they may be"
     unfit = costs.training_memory(QWEN_32B, TrainSettings(rank=2, micro_batch=64, max_length=8192), Range.of(2000))
     assert unfit.cards(CARDS[0]) == 0
 
@@ -233,6 +235,29 @@ def test_slots_are_the_engine_s() -> None:
     assert costs.sampling_memory(LLAMA_8B, settings, 120, 7, CARDS[0]).slots == 7
     assert costs.sampling_memory(LLAMA_8B, settings.but(slots=3), 120, 1e6, CARDS[0]).slots == 3
     assert costs.sampling_memory(QWEN_32B, settings, 120, 1e6, CARDS[1]).cards == 3
+    full = replace(CARDS[0], memory=at.weights + costs.RESERVED + 1e6)
+    assert costs.sampling_memory(LLAMA_8B, settings, 120, 1e6, full).cards == 2, "the weights alone would fit"
+
+
+def test_sampling_hours_on_paper() -> None:
+    shape = Architecture("llama", 3, 1000, 10, 10, 100, 1000, 1000, True, "test")
+    card = replace(CARDS[0], flops=1e12, bandwidth=1e9)
+
+    def seconds(card: costs.Card, cards: int) -> Range:
+        """20 chains of 100 tokens behind 50, ten at once: 200 steps."""
+        at = costs.SamplingMemory(1e9, 0, 10, cards)
+        return costs.sampling_hours(shape, 50, 20, Range.of(100), at, card) * 3600
+
+    prompts = 20 * 50 * 2 * shape.multiplied / 1e12
+    # Half of the answer is there in the mean: 100 tokens of 12,000 bytes and 1,000 logits of 16, ten times, and the weights.
+    read = (100 * 12_000 + 16_000) * 10 + 1e9
+    found = seconds(card, 1)
+    assert found.low == pytest.approx(200 * (read / 0.6e9 + 3 * 0.1e-3) + prompts / 0.4)
+    assert found.high == pytest.approx(200 * (read / 0.3e9 + 3 * 0.6e-3) + prompts / 0.15)
+    # Two cards read half each; the launches are those of both.
+    assert seconds(card, 2).low == pytest.approx(200 * (read / 0.6e9 + 2 * 3 * 0.1e-3) + prompts / 0.4)
+    slow = seconds(replace(card, bandwidth=1e30), 1)
+    assert slow.low == pytest.approx(200 * (10 * 2 * shape.multiplied / 0.5e12 + 3 * 0.1e-3) + prompts / 0.4), "multiplying takes longer"
 
 
 def test_steps_and_questions_are_exact_where_they_are_known() -> None:
@@ -270,15 +295,20 @@ def test_what_is_sampled_and_what_is_learned_from_it_on_paper(tmp_path: Path) ->
   human: {verb: mix, model: some/model, direction: some/dial, data: gsm8k, limit: 100, solutions: true}
   valve: {verb: train, model: some/model, data: $mix, epochs: 2}
   plus: {verb: train, recipe: plus, model: some/model, data: $human}
+  few: {verb: mix, model: some/model, data: gsm8k, limit: 100}
+  both: {verb: train, recipe: plus, model: some/model, data: $few}
+  sweep: {verb: sweep, model: some/model, direction: some/dial, data: gsm8k, limit: 10, alphas: "0,0.5,1", baselines: shortcut}
   two: {verb: train, recipe: progressive, model: some/model, data: horseee/MixChain-Z-GSM8K, stages: 2}
   cut: {verb: train, model: some/model, data: horseee/MixChain-Z-GSM8K, solution: 4, max_length: 300, limit: 50}
 """, sizes))  # fmt: skip
-    tokens = {name: row(text, name)[2] for name in ("mix", "valve", "plus", "two", "cut")}
+    tokens = {name: row(text, name)[2] for name in ("mix", "valve", "plus", "two", "cut", "sweep")}
     assert tokens["mix"] == str(Range(1200 * 100, 1200 * 200)), "six positions, two samples"
     # The shortest chain of a question, which is at most half way to the longest in the mean.
     assert tokens["valve"] == str(Range(2 * 70 * (100 + plan.PROMPT), 2 * 100 * (150 + plan.PROMPT)))
     # 0.7 x 12 chains and the human one, to all 13 of them, less the longest.
     assert tokens["plus"] == str(Range(70 * 8.4 * (121.8 + plan.PROMPT), 100 * 12 * (300 + plan.PROMPT)))
+    assert "plus: 70 to 100 examples" in text, "two chains of a question, or none that is kept"
+    assert tokens["sweep"] == str(Range(10 * 4 * 100, 10 * 4 * 300)), "two positions, a baseline and the plain model"
     assert tokens["two"] == str(Range.of(6863 * (497.2 + 386.7 + 2 * plan.PROMPT))), "the longest first"
     assert tokens["cut"] == str(Range.of(50 * (300 + plan.PROMPT)))
 
