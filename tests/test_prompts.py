@@ -98,12 +98,13 @@ def test_a_base_model_without_a_chat_template_is_refused() -> None:
     [
         (None, [], "<|im_end|>"),
         (LLAMA, ["<|eot_id|>", "<|start|>", "<|end|>", "<|bos|>"], "<|eot_id|>"),
+        (LLAMA.replace("<|eot_id|>", "\n<|eot_id|>"), ["<|eot_id|>", "<|start|>", "<|end|>", "<|bos|>"], "<|eot_id|>"),
         (R1, ["<|User|>", "<|Assistant|>", "<|eos|>", "</think>"], "<|eos|>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", [], "<|im_end|>"),  # no mark: the eos token
         # The model's turns are left out: the mark that begins the user's turn was taken for their end.
         ("<|im_start|>{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", [], "<|im_end|>"),
     ],
-    ids=["ChatML", "Llama", "R1", "none", "user only"],
+    ids=["ChatML", "Llama", "on a line of its own", "R1", "none", "user only"],
 )
 def test_the_end_of_a_turn_is_read_off_the_template(template: str | None, extra: list[str], mark: str) -> None:
     made = tokenizer(template, extra)
@@ -153,6 +154,7 @@ def test_a_solution_becomes_the_chain_the_model_would_write() -> None:
 def test_a_target_is_the_chain_and_its_end() -> None:
     made = tokenizer()
     assert target(made, render(made, "Q", prompt("plain")), "\n 4 \n") == "4<|im_end|>"
+    assert target(made, "Q", "4", ended=False) == "4", "a chain that was cut has no end"
     assert target(made, "...", "<think>\na\n</think>\n\n4") == "<think>\na\n</think>\n\n4<|im_end|>"
 
 
