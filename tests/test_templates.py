@@ -36,6 +36,8 @@ def test_plain_is_words_and_the_end_of_text() -> None:
     assert rendered == "Question: 1+1?\nAnswer:\n"
     system = prompts.render(tokenizer, "1+1?", prompts.Prompt("{question}", "Be brief."))
     assert system == "Be brief.\n\nQuestion: 1+1?\nAnswer:\n"
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3?"}]
+    assert prompts.render_messages(tokenizer, turns) == "Question: 1?\nAnswer:\n2<|im_end|>\n\nQuestion: 3?\nAnswer:\n"
     assert prompts.end_of_turn(tokenizer) == tokenizer.eos_token == "<|im_end|>"
     assert prompts.target(tokenizer, rendered, "2") == "2<|im_end|>"
     assert not prompts.thinks(tokenizer)
@@ -50,6 +52,8 @@ def test_a_text_begins_where_the_model_s_own_would() -> None:
 
 def test_a_file_or_another_model_s(tmp_path: Path, base: Path) -> None:
     models.save(models.llama(), tmp_path / "instruct")
+    more = models.tokenizer(("<|unused|>",))  # a token that the template does not write may be missing here
+    more.save_pretrained(tmp_path / "instruct")
     (tmp_path / "mine.jinja").write_text(models.TEMPLATE)
     for source in (tmp_path / "instruct", tmp_path / "mine.jinja"):
         tokenizer = load_tokenizer(base)
