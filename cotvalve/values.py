@@ -196,8 +196,8 @@ def same_number(gold: Number, given: Number) -> bool:
 
 RATIO = re.compile(r"(?<![\w.:])\d++(?:\.\d++)?+(?:\s?(?::|\\colon|\bto\b)\s?\d++(?:\.\d++)?+)++(?![\w:])")
 TIME = re.compile(
-    r"(?<![\d:])(\d{1,2}):(\d\d)(?::(\d\d))?(?!:?\d)\s?([ap]\.?\s?m\b)?"
-    r"|(?<![\d:.])(\d{1,2})\s?([ap]\.?\s?m\b)",
+    r"(?<![\d:])(\d{1,2}):(\d\d)(?::(\d\d))?(?!:?\d)\s{0,3}([ap]\.?\s?m\b)?"
+    r"|(?<![\d:.])(\d{1,2})\s{0,3}([ap]\.?\s?m\b)",
     re.IGNORECASE,
 )
 """A time of day as in '3:30 p.m.', '14:55', '6:01:00' or '6 pm'."""
