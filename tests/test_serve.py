@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -30,7 +31,7 @@ from cotvalve.errors import CotvalveError, EngineError, SettingError
 from cotvalve.problems import load
 from cotvalve.prompts import render_messages
 from cotvalve.serve import ServeSettings, listen, run
-from cotvalve.serve.batching import Batcher, Busy, Front, Unfold
+from cotvalve.serve.batching import Batcher, Busy, Front, Unfold, Whole
 from cotvalve.serve.protocol import Ask, Refused, Split, usage
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion, Interval, Request
@@ -563,6 +564,29 @@ def test_when_the_backend_fails_its_chains_are_told_and_the_next_ones_run() -> N
         batcher.submit([batcher.encode(Request("c", "one", 0.0, 6))], [lambda _: None])
 
 
+def test_what_comes_while_a_batch_fails_runs_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = FailingBatcher(small(), slots=8, context=128)
+    late: list[Any] = []
+    heard = threading.Event()
+
+    def step(front: Failing) -> Sequence[Piece | Completion]:
+        if Failing.failures:
+            Failing.failures -= 1
+            batcher.submit([batcher.encode(Request("late", "one", 0.5, 6))], [lambda event: (late.append(event), heard.set())])
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return front.inner.step()
+
+    monkeypatch.setattr(Failing, "step", step)
+    Failing.failures = 1
+    try:
+        ((error,),) = wait_for(batcher, [Request("a", "one", 0.5, 6)])
+        assert isinstance(error, EngineError)
+        assert heard.wait(60)
+        assert isinstance(late[0], Completion)
+    finally:
+        batcher.close()
+
+
 def test_out_of_memory_halves_the_batches_of_an_engine_without_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """It said that it went on with one slot, and ran out of memory again with as many rows as before."""
     run = GenerateEngine._run
@@ -662,6 +686,19 @@ def test_a_client_that_leaves_an_engine_without_slots_takes_nobody_with_it() -> 
         assert batcher.alive
     finally:
         batcher.close()
+
+
+def test_a_batch_along_an_exact_task_vector_has_one_alpha() -> None:
+    """Who asked for the first one does not wait for the others."""
+    asked: list[list[float]] = []
+    engine: Any = SimpleNamespace(generate=lambda requests: asked.append([request.alpha for request in requests]) or [])
+    valve: Any = SimpleNamespace(rows=False)
+    front = Whole(valve, engine)
+    for i, alpha in enumerate((0.5, 0.0, 0.5)):
+        front.add(Encoded(Request(str(i), "x", alpha, 4), [1], 4))
+    while front.busy:
+        front.step()
+    assert asked == [[0.5, 0.5], [0.0]]
 
 
 # The open batch

@@ -189,6 +189,11 @@ def test_padding_rows_of_the_vocabulary_stay(tmp_path: Path, longer: str) -> Non
         assert torch.equal(model.get_parameter(name)[:272], reasoner.get_parameter(name)[:272])
         assert torch.equal(model.get_parameter(name)[272:], base.get_parameter(name)[272:])
     assert torch.equal(models.logits(model)[..., :272], models.logits(reasoner)[..., :272])
+    vector.apply(model, 0.5)
+    for name in (EMBEDDINGS, HEAD):
+        between = torch.lerp(base.get_parameter(name)[:272], reasoner.get_parameter(name)[:272], 0.5)
+        assert torch.allclose(model.get_parameter(name)[:272], between, atol=1e-6)
+        assert torch.equal(model.get_parameter(name)[272:], base.get_parameter(name)[272:])
     vector.apply(model, 0)
     assert_same_bits(model, base)
 
