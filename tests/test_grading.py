@@ -129,6 +129,8 @@ def test_hostile_answers_are_wrong_with_a_reason(text: str, kind: str) -> None:
 def test_what_would_take_algebra_long_is_not_handed_to_it() -> None:
     assert grade(("x", "math"), f"\\boxed{{{'x+' * 400}x}}").reason == "answer of more than 600 characters"
     assert grade(("x", "math"), f"\\boxed{{{'(' * 31}x+1{')' * 31}}}").reason == "brackets nested more than 30 deep"
+    for number in ("1" * 500, "1e999"):
+        assert grade(("7", "number"), f"\\boxed{{{number}}}").reason == "number of more than 400 digits"
 
 
 @pytest.mark.parametrize("kind", ["math", "number", "list", "ratio", "time", "word"])
