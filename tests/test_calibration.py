@@ -212,6 +212,7 @@ def test_a_base_model_that_is_cut_itself_is_the_measure() -> None:
     made = measure(rows(SHORTER, cut={alpha: 0.1 for alpha in SHORTER}))
     assert made.span.high == 1.0
     assert made.positions[0].truncated == 10.0
+    assert (made.positions[0].difference_ci.low, made.positions[0].difference_ci.high) == (0.0, 0.0), "from itself it differs by nothing"
 
 
 def test_the_error_is_of_questions_the_curve_has_not_seen() -> None:
