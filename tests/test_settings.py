@@ -206,6 +206,7 @@ def test_unknown_lists_what_is_known_and_offers_only_what_is_near() -> None:
         (["sweep", "--data", "arithmetic", "--split", "tset"], "unknown split of arithmetic 'tset': did you mean 'test'?"),
         (["sweep", "--data", "arithmetic", "--direction", "nowhere"], "'nowhere': no such folder"),
         (["sweep", "--data", "arithmetic", "--budgets", "50,few", "--baselines", "budget"], "'few' is not a whole number"),
+        (["sweep", "--data", "arithmetic", "--budgets", "", "--baselines", "budget"], "the baseline 'budget' asks for a token budget and none is named"),
         (["train", "pluss"], "setting 'recipe'"),
         (["train", "plus", "--data", "arithmetic"], "recipe 'plus' needs several chains per question"),
         (["train", "valve", "--rank", "many"], "setting 'rank'"),
