@@ -140,10 +140,15 @@ def read(folders: Sequence[Path], subset: str = "", also: Mapping[Place, Place] 
 
 def pair_of_places(told: str) -> tuple[Place, Place]:
     """The two of "again:3 rounds=published:reward", the second first."""
-    to, _, name = (part.strip() for part in told.partition("="))
-    if not all(place.partition(":")[2] for place in (to, name)):
-        raise SettingError(f"--also {told}: give TABLE:SYSTEM=TABLE:SYSTEM")
-    return tuple(name.split(":", 1)), tuple(to.split(":", 1))  # pyright: ignore[reportReturnType]
+
+    def place(part: str) -> Place:
+        table, _, system = part.strip().partition(":")
+        if not system:
+            raise SettingError(f"--also {told}: give TABLE:SYSTEM=TABLE:SYSTEM")
+        return table, system
+
+    to, _, name = told.partition("=")
+    return place(name), place(to)
 
 
 def looped(row: Json) -> bool:
@@ -295,9 +300,14 @@ def systems_tables(here: Measured, held: Measured | None, dataset: str, against:
     return parts
 
 
+def dials_of(here: Measured) -> dict[str, Dial]:
+    """What was measured at three positions or more."""
+    return {name: dial for name, dial in here.systems.items() if None not in dial and len(dial) > 2}
+
+
 def dial_tables(here: Measured, dataset: str, against: str, draws: int) -> list[str]:
     """Accuracy and tokens at every position, how evenly each dial travels, and all systems against one dial at its length."""
-    dials = {name: dial for name, dial in here.systems.items() if None not in dial and len(dial) > 2}
+    dials = dials_of(here)
     if not dials:
         return []
     rows = [line("", name, alpha, here, dataset, draws) for name, dial in dials.items() for alpha in sorted(dial, key=lambda a: a or 0.0)]
@@ -335,11 +345,11 @@ def dial_tables(here: Measured, dataset: str, against: str, draws: int) -> list[
 
 def gaps_table(here: Measured, against: str, draws: int) -> list[str]:
     """All systems against one dial (the first, or --against) at its length; nothing where there is no other."""
-    dials = [name for name, dial in here.systems.items() if None not in dial and len(dial) > 2]
+    dials = dials_of(here)
     if not dials:
         return []
-    first = against if against in dials else dials[0]
-    gaps = [(name, equal_length(dial, here.systems[first], draws)) for name, dial in here.systems.items() if name != first and 1.0 in dial]
+    first = against if against in dials else next(iter(dials))
+    gaps = [(name, equal_length(dial, dials[first], draws)) for name, dial in here.systems.items() if name != first and 1.0 in dial]
     if not gaps:
         return []
     columns: dict[str, Callable[[tuple[str, Gap]], str]] = {
@@ -397,7 +407,8 @@ def equal_length(a: Dial, b: Dial, draws: int) -> Gap:
     return Gap(estimate, within, len(used), len(sides) - known)
 
 
-def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "", at: Sequence[float] = (), also: Mapping[Place, Place] | None = None, held_out: bool = False) -> str:
+def document(folders: Sequence[Path], only: Sequence[str], against: str, loss: float, draws: int, subset: str = "", at: Sequence[float] = (),
+             also: Mapping[Place, Place] | None = None, held_out: bool = False) -> str:  # fmt: skip
     """All tables, or those named, as Markdown; with `held_out` those of the held-out questions, whatever test set there is."""
     found = {place: here for place, here in read(folders, subset, also).items() if place[2] or not held_out}
     names = list(dict.fromkeys(name for name, _, _ in found))

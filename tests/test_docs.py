@@ -257,3 +257,8 @@ def test_every_family_of_errors_is_told() -> None:
 
     assert headings == {cls.__name__ for cls in errors.CotvalveError.__subclasses__()}
     assert len(list(quoted_messages())) > 50
+
+
+def test_the_grading_cases_are_as_many_as_told() -> None:
+    cases = [line for line in text(ROOT / "tests" / "cases" / "grading.jsonl").splitlines() if line.strip()]
+    assert f"holds {len(cases)} cases" in text(ROOT / "docs" / "data.md")
