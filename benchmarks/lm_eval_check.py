@@ -121,6 +121,8 @@ KINDS = {
     "heading": Kind("no box; the sentence below 'Final Answer' has two numbers, and cotvalve takes the first", "lm-eval"),
     "thousands": Kind("the thousands of a number stand apart ('\\boxed{9 500}')", "cotvalve: it is one number; math-verify multiplies"),
     "repeated": Kind("one value several times in one box ('\\boxed{1, 1, 1}'); math-verify makes a set of it", "open: the question has one value, and the answer names it for each case"),
+    "unit": Kind("text in the box ('\\boxed{5 \\text{ and } 1}'); hendrycks_math drops it with all behind it, as a unit", "cotvalve: two values where one is right"),
+    "inequality": Kind("an inequality for an interval (x > 5 for (5, \\infty))", "cotvalve: it is the same set"),
     "other": Kind("unexplained", "to be looked at"),
 }  # fmt: skip
 
@@ -129,7 +131,7 @@ def explain(view: str, seen: Seen) -> str:
     """The class of a difference, a key of KINDS."""
     boxed = boxes(_visible(seen.text))
     if not seen.ours.correct:
-        return _only_theirs(seen)
+        return _only_theirs(view, seen)
     if view == "minerva exact_match":
         return "other" if "Final Answer: The final answer is" in seen.text else "mark"
     if view in ("strict-match", "cot strict-match") and seen.read in ("", "[invalid]"):
@@ -156,6 +158,8 @@ def explain(view: str, seen: Seen) -> str:
         return "several"
     if view == "math_verify" and re.search(r"\^\{?\\(?:mathrm|text)\{(?:st|nd|rd|th)\}", seen.ours.predicted or ""):
         return "spelling"
+    if view == "math_verify" and re.search(r"[<>]|\\[lg]eq?\b", seen.ours.predicted or "") and seen.gold.answer[0] in "([":
+        return "inequality"
     if _same(seen.gold.answer, seen.read):
         return "spelling"
     if view == "flexible-extract" and _behind(seen):
@@ -163,11 +167,13 @@ def explain(view: str, seen: Seen) -> str:
     return "hour" if re.match(r"\d{1,2}:00\b", seen.ours.predicted or "") else "other"
 
 
-def _only_theirs(seen: Seen) -> str:
+def _only_theirs(view: str, seen: Seen) -> str:
     if seen.ours.reason == TRUNCATED:
         return "cut"
     if seen.ours.reason == NO_BASE:
         return "base"
+    if view == "boxed" and re.search(r"\\text\{ ", seen.ours.predicted or ""):
+        return "unit"
     given, read = seen.ours.predicted, seen.read.split(";")[0].strip(".$ ")
     if given and given.count(",") and {part.strip() for part in given.split(",")} == {seen.gold.answer}:
         return "repeated"

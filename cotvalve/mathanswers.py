@@ -149,12 +149,12 @@ def _based(gold: str, given: str) -> str | None:
     sides = [_BASE.fullmatch(squeezed(side)) for side in (gold, given)]
     if not sides[0] and not sides[1]:
         return None
+    digits = [(side[1] if side else squeezed(text)).lstrip("0") or "0" for side, text in zip(sides, (gold, given), strict=True)]
     if sides[0] and sides[1]:
-        return "" if sides[0].groups() == sides[1].groups() else NOT_EQUAL
-    if sides[0]:
-        return NO_BASE if sides[0][1] == squeezed(given) else NOT_EQUAL
-    assert sides[1]  # the gold answer leaves the base out, as some of MATH do
-    return "" if sides[1][1] == squeezed(gold) else NOT_EQUAL
+        return "" if digits[0] == digits[1] and sides[0][2] == sides[1][2] else NOT_EQUAL
+    if digits[0] != digits[1]:
+        return NOT_EQUAL
+    return NO_BASE if sides[0] else ""  # some golds of MATH leave the base out, which an answer may say
 
 
 def _without_name(gold: str, given: str) -> tuple[str, str]:

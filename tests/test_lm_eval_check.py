@@ -41,6 +41,7 @@ def test_differences_have_their_class(kind: str, case: tuple[str, str, str, str,
     [
         ("base", "4210_{5}", r"The final answer is \boxed{4210}.", "4210; 4210"),
         ("repeated", "1", r"The possible values are \boxed{1, 1, 1}.", "{1}; 1, 1, 1"),
+        ("inequality", r"(5,\infty)", r"The answer is \(\boxed{x > 5}\).", "x > 5; x > 5"),
         ("choice", r"\text{(C)}", "It is parallel to the $xy$-plane. The answer is (C).", "x*y; xy"),
     ],
 )
@@ -48,6 +49,12 @@ def test_differences_of_math_have_their_class(kind: str, gold: str, text: str, r
     problem = Problem("math500/test/0", "What?", gold, kind="math")
     assert explain("math_verify", Seen(text, problem, grade(problem, text), read)) == kind
     assert kind in KINDS
+
+
+def test_what_is_dropped_as_a_unit_has_its_class() -> None:
+    problem = Problem("math500/test/0", "What?", "x=5", kind="math")
+    text = r"The values are \(\boxed{5 \text{ and } 1}\)."
+    assert explain("boxed", Seen(text, problem, grade(problem, text), "not told")) == "unit"
 
 
 def test_documents_are_rows_of_the_data_sets_of_the_tasks() -> None:
