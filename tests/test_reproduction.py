@@ -33,7 +33,7 @@ from cotvalve.verbs import ExtractSettings
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes" / "reproduction").glob("*.yaml"))
 PROMPT = "prompt: budget 20"
-WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "many", "reward-search", "reward", "reward-math", "reward-more", "reward-loops", "reward-whole", "reward-steps", "reward-keener", "reward-math-steps")
+WHOLE = ("briefer", "longer", "brief-math", "briefer-math", "means", "math-means", "many", "reward-search", "reward", "reward-math", "reward-more", "reward-loops", "reward-whole", "reward-steps", "reward-keener", "reward-math-steps")
 """Recipes that choose on all held-out questions, and not on 300."""
 
 
