@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from cotvalve.checkpoints import load_model
 from cotvalve.direction import load_direction
@@ -60,6 +60,18 @@ def test_ends_are_exact_and_nothing_drifts(
         if alpha in (0, 1):
             assert_same_bits(model, copy.deepcopy([base, reasoner][int(alpha)]).to(device, dtype))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_a_broken_theta2_does_not_reach_alpha_0() -> None:
+    base = models.llama()
+    reasoner = models.moved(base)
+    with torch.no_grad():
+        reasoner.get_parameter("model.norm.weight")[0] = float("inf")
+    vector = TaskVector.between(base, reasoner)
+    assert torch.equal(vector.at("model.norm.weight", 0.0), base.get_parameter("model.norm.weight"))
+    model = models.llama(seed=9)
+    vector.apply(model, 0.0)
+    assert_same_bits(model, models.llama())
 
 
 def test_between_the_ends_it_is_theta1_plus_alpha_delta(tmp_path: Path) -> None:
@@ -148,6 +160,7 @@ def test_base_tied_and_reasoner_not(tmp_path: Path) -> None:
     before = models.logits(model)
     vector.apply(model, 1)
     assert_same_bits(model, reasoner)
+    assert not model.config.tie_word_embeddings, "readers that trust it alone would tie the two tables again"
     model.save_pretrained(tmp_path / "out")
     assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), reasoner)
     vector.apply(model, 0)
@@ -196,6 +209,15 @@ def test_padding_rows_of_the_vocabulary_stay(tmp_path: Path, longer: str) -> Non
         assert torch.equal(model.get_parameter(name)[272:], base.get_parameter(name)[272:])
     vector.apply(model, 0)
     assert_same_bits(model, base)
+
+
+def test_rows_that_move_are_not_rounded_to_the_base_s_bits() -> None:
+    base, reasoner = models.qwen2(vocabulary=280, dtype=torch.bfloat16), models.qwen2(seed=1)
+    vector = TaskVector.between(*(Loaded(model, models.tokenizer()) for model in (base, reasoner)))
+    assert vector.card.toward == "longer", "where theta2 leads, the reasoner, in the paper"
+    table = vector.at(EMBEDDINGS, 1.0)
+    assert torch.equal(table[:272], reasoner.get_parameter(EMBEDDINGS))
+    assert torch.equal(table[272:], base.get_parameter(EMBEDDINGS)[272:].float())
 
 
 def test_rows_that_mean_other_tokens_are_refused(tmp_path: Path) -> None:
@@ -251,6 +273,14 @@ def test_two_architectures(tmp_path: Path) -> None:
         TaskVector.between(models.llama(), models.llama(hidden=64))
 
 
+def test_only_a_vocabulary_may_have_more_rows() -> None:
+    """Heads of keys are rows as well, and no other tensor tells how many there are."""
+    config = copy.deepcopy(models.llama().config)
+    config.num_key_value_heads = 4
+    with pytest.raises(DirectionMismatch, match=r"k_proj.weight: \[16, 32\] in .*, \[32, 32\] in .*; expected two"):
+        TaskVector.between(models.llama(), LlamaForCausalLM(config))
+
+
 def test_a_model_it_does_not_fit_is_named_and_not_touched(tmp_path: Path) -> None:
     vector = TaskVector.between(*pair(tmp_path, models.llama()))
     deeper, shallow = models.llama(layers=3), models.llama(layers=1)
@@ -266,6 +296,12 @@ def test_a_model_it_does_not_fit_is_named_and_not_touched(tmp_path: Path) -> Non
         vector.apply(shallow, 1)
     with pytest.raises(DirectionMismatch, match="not a tensor of the model"):
         vector.apply(models.lora(models.llama()), 1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DirectionMismatch, match=r"embed_tokens.weight: the model's is \[272, 64\], the task vector's \[272, 32\]"):
+        vector.apply(models.llama(hidden=64), 1)
+    packed = models.llama()
+    packed.is_quantized = True  # pyright: ignore[reportAttributeAccessIssue]  as transformers says it
+    with pytest.raises(DirectionMismatch, match="its weights are quantized and cannot be moved"):
+        vector.apply(packed, 1)
 
 
 def test_a_fused_model_is_refused(tmp_path: Path) -> None:
@@ -330,6 +366,15 @@ def test_a_base_that_was_moved_or_changed(tmp_path: Path) -> None:
         load_direction(folder, elsewhere)
 
 
+def test_a_reasoner_that_was_changed_is_not_the_vector_s(tmp_path: Path) -> None:
+    base, reasoner = pair(tmp_path, models.qwen2())
+    folder = TaskVector.between(base, reasoner).save(tmp_path / "d")
+    models.save(models.qwen2(seed=7), reasoner)
+    for given in (None, base):
+        with pytest.raises(DirectionMismatch, match=r"reasoner: its model.safetensors is not the one the task vector in"):
+            load_direction(folder, given)
+
+
 def test_a_model_that_was_changed_in_memory_comes_back_as_it_was(tmp_path: Path) -> None:
     """Its name stood for it: after a move, alpha 0 was the checkpoint under that name and not the model."""
     base, reasoner = pair(tmp_path, models.llama())
@@ -388,6 +433,22 @@ def test_dora_folder_is_read_with_its_base_and_saved_as_differences(tmp_path: Pa
     expected = models.logits(model)
     again.apply(model, 0.4)
     assert torch.equal(models.logits(model), expected)
+    models.lora(models.llama(), use_dora=True, seed=5).save_pretrained(str(tmp_path / "other"))
+    # A run that goes on knows its direction by this.
+    assert vector.sha256() == again.sha256() != from_dora(tmp_path / "other", model).sha256()
+
+
+def test_saved_differences_that_are_broken_or_another_model_s_are_named(tmp_path: Path) -> None:
+    base = models.save(models.llama(), tmp_path / "base")
+    models.lora(models.llama(), use_dora=True).save_pretrained(str(tmp_path / "dora"))
+    folder = from_dora(tmp_path / "dora", base).save(tmp_path / "d")
+    with pytest.raises(DirectionMismatch, match=r"a difference of \[32, 64\] does not fit .*; give its own base"):
+        load_direction(folder, models.llama(hidden=64))
+    deltas = load_file(folder / "deltas.safetensors")
+    deltas["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(deltas, folder / "deltas.safetensors")
+    with pytest.raises(DataError, match=r"layers.1.mlp.up_proj.weight: the weight difference holds NaN or infinity"):
+        load_direction(folder, base)
 
 
 def test_dora_on_another_base_names_the_module(tmp_path: Path) -> None:
