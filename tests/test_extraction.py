@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from cotvalve import Valve
@@ -77,6 +78,8 @@ def test_a_low_rank_change_is_found_again(tmp_path: Path) -> None:
     merged = wrapped.merge_and_unload()
     found = extract(models.llama(), merged, rank=3, toward="shorter")
     assert found.energy == pytest.approx(1, abs=1e-6)
+    # Its embeddings, the first tensor there is, did not move.
+    assert isinstance(extract(models.llama(), merged).direction, TaskVector)
     found.save(tmp_path / "d")
     assert json.loads((tmp_path / "d" / "extraction.json").read_text())["rank"] == 3
     assert Direction.load(tmp_path / "d").card.toward == "shorter"
@@ -85,7 +88,7 @@ def test_a_low_rank_change_is_found_again(tmp_path: Path) -> None:
     torch.testing.assert_close(models.logits(again), models.logits(merged), rtol=1e-4, atol=1e-4)
 
 
-def test_modules_are_chosen_by_ending_and_reach_no_other() -> None:
+def test_modules_are_chosen_by_ending_and_reach_no_other(tmp_path: Path) -> None:
     base, reasoner = models.llama(), models.moved(models.llama())
     found = extract(base, reasoner, rank=2, modules=["up_proj", "layers.1.self_attn.q_proj"])
     assert isinstance(found.direction, Direction)
@@ -95,8 +98,43 @@ def test_modules_are_chosen_by_ending_and_reach_no_other() -> None:
         "model.layers.1.self_attn.q_proj",
     ]
     assert found.left_out["other"] > 0
+    # PEFT puts a LoRA on all that the folder names.
+    for number, some in enumerate((found, extract(base, reasoner, rank=2, modules=["layers.0.mlp.up_proj"]))):
+        assert isinstance(some.direction, Direction)
+        again = PeftModel.from_pretrained(models.llama(), some.save(tmp_path / str(number)))
+        held = [name.removeprefix("base_model.model.") for name, module in again.named_modules() if isinstance(module, LoraLayer)]
+        assert sorted(held) == sorted(some.direction.factors)
     with pytest.raises(SettingError, match=r"unknown module 'up_prj': did you mean 'up_proj'\?"):
         extract(base, reasoner, rank=2, modules=["up_prj"])
+    with pytest.raises(SettingError, match="unknown module 'proj'"):  # half a name: "1.mlp.up_proj" would be layer 11's as well
+        extract(base, reasoner, rank=2, modules=["proj"])
+
+
+def test_shares_are_those_of_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are summed by blocks of rows, of which these models have one and a vocabulary dozens."""
+    base, reasoner = models.qwen2(), models.moved(models.qwen2())
+    whole = extract(base, reasoner, rank=2)
+    monkeypatch.setattr("cotvalve.extraction._BLOCK_ROWS", 7)
+    blocks = extract(base, reasoner, rank=2)
+    assert blocks.left_out == pytest.approx(dict(whole.left_out), rel=1e-6)
+    assert (blocks.energy, blocks.within) == pytest.approx((whole.energy, whole.within), rel=1e-6)
+
+
+def test_sketches_are_the_seed_s_and_keep_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of large matrices, on small ones."""
+    monkeypatch.setattr("cotvalve.extraction._EXACT_UP_TO", 8)
+    monkeypatch.setattr("cotvalve.extraction._EXTRA_COLUMNS", 2)
+    monkeypatch.setattr("cotvalve.extraction._POWER_ITERATIONS", 1)
+    base, reasoner = models.llama(), models.moved(models.llama())
+    one, same, other = (extract(base, reasoner, rank=4, seed=seed) for seed in (0, 0, 1))
+    assert isinstance(one.direction, Direction)
+    assert isinstance(same.direction, Direction)
+    assert isinstance(other.direction, Direction)
+    assert one.direction.sha256() == same.direction.sha256() != other.direction.sha256()
+    for kept in one.kept:
+        delta = reasoner.get_submodule(kept.module).weight - base.get_submodule(kept.module).weight
+        left = (delta - one.direction.factors[kept.module].delta()).square().sum() / delta.square().sum()
+        assert kept.energy == pytest.approx(1 - float(left.detach()), abs=1e-4)
 
 
 def test_bf16_checkpoints_are_subtracted_in_fp32(tmp_path: Path) -> None:
@@ -153,6 +191,14 @@ def test_a_layer_that_gives_more_than_its_product_gets_no_factors() -> None:
     before = models.logits(base)
     with Valve(base, models.tokenizer(), found).at(1.0) as model:
         assert not torch.equal(models.logits(model), before)
+
+
+def test_matrices_of_which_all_singular_values_can_be_had_are_not_sketched() -> None:
+    delta = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    A, B, values = low_rank(delta, 2)
+    assert torch.equal(A, low_rank(delta, 2, seed=1)[0])
+    assert float((delta - B @ A).square().sum()) == pytest.approx(float(torch.linalg.svdvals(delta)[2:].square().sum()), rel=1e-5)
+    torch.testing.assert_close(values, torch.linalg.svdvals(delta)[:2])
 
 
 def test_large_matrices_keep_almost_the_optimum() -> None:
