@@ -490,6 +490,30 @@ def test_fused_weights_are_rounded_once() -> None:
         assert torch.equal(fused[f"{name}.weight"], exact.bfloat16()), name
 
 
+def test_a_broken_direction_does_not_reach_a_model_fused_at_alpha_0() -> None:
+    turned = valve()
+    with torch.no_grad():
+        next(iter(turned.dial.layers.values())).lora_B[ADAPTER].weight[0, 0] = float("nan")  # pyright: ignore
+    assert_same_bits(turned.fuse(0.0), bits(models.llama()))
+
+
+def test_fusing_leaves_the_dial_of_the_model_it_came_from() -> None:
+    """Its config too: a model that says it was fused is refused wherever it is loaded with a direction."""
+    turned = valve()
+    fused = [turned.fuse(alpha) for alpha in (0.7, 0.3)]
+    assert [model.config.cotvalve_fused["alpha"] for model in fused] == [0.7, 0.3]
+    assert not hasattr(turned.model.config, "cotvalve_fused")
+    assert fused[0].generation_config is not turned.model.generation_config
+
+
+def test_a_quantized_model_is_not_fused() -> None:
+    """Its weights are packed numbers, to which no product can be added."""
+    turned = valve()
+    turned.model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(EngineError, match="a quantized model cannot be fused; load the base without quantization"):
+        turned.fuse(0.7)
+
+
 def test_a_task_vector_is_fused_exactly(tmp_path: Path) -> None:
     turned = both_kinds(tmp_path)[1]
     weights = bits(turned.model)
@@ -506,6 +530,7 @@ def test_plain_transformers_reads_a_fused_model(tmp_path: Path, make: object, ti
     base.generation_config.temperature, base.generation_config.do_sample = 0.6, True
     turned = Valve(base, models.tokenizer(), direction())
     fused = turned.fuse(0.6)
+    assert (fused.get_output_embeddings().weight is fused.get_input_embeddings().weight) == tied
     fused.save_pretrained(tmp_path / "fused")
     turned.tokenizer.save_pretrained(tmp_path / "fused")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "fused", dtype=torch.float32)
