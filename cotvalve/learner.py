@@ -44,8 +44,8 @@ class Learner(nn.Module):
     def __init__(self, valve: Valve, position: Position | None = None, trust: float = 0.2) -> None:
         super().__init__()
         self.model, self.position, self.trust = valve.model, position, trust
-        config = valve.model.config
-        scaled = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier", "logits_mup_width_multiplier")
+        config = valve.model.config.get_text_config()  # models that see images too keep it inside of theirs
+        scaled = ("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier", "logits_mup_width_multiplier")
         self.plain_head = not any(getattr(config, name, None) for name in scaled)
 
     def forward(

@@ -130,7 +130,8 @@ def _fit_stage(
     arguments = TrainingArguments(
         output_dir=str(home), per_device_train_batch_size=batch,
         num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
+        # The Trainer's "constant" has no warm-up, whatever is set.
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule, weight_decay=settings.weight_decay,
         # The first of them has a learning rate of 0: one that is all there is would learn nothing.
         warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1), max_grad_norm=settings.clip, bf16=how.autocast,
         use_cpu=how.device.type == "cpu", seed=settings.seed, data_seed=settings.seed,

@@ -11,7 +11,13 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    TrainerState,
+)
 
 from cotvalve import Valve
 from cotvalve.batches import IGNORED, collate, encode, pack
@@ -188,7 +194,7 @@ def test_the_prompt_s_tokens_do_not_teach() -> None:
     assert loss_and_gradients(valve, in_prompt)[0] == loss
 
 
-@pytest.mark.parametrize("field", ["logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier", "logits_mup_width_multiplier"])
+@pytest.mark.parametrize("field", ["logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier", "logits_mup_width_multiplier"])
 def test_heads_that_scale_their_logits_take_the_model_s_own(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     valve, batch = turned(), collate(rows(stage(TEXTS[:3])))
     sliced = loss_and_gradients(valve, batch)
@@ -197,6 +203,36 @@ def test_heads_that_scale_their_logits_take_the_model_s_own(monkeypatch: pytest.
     whole = loss_and_gradients(valve, batch)  # this Llama ignores the field, so that both ways have to agree
     assert math.isclose(sliced[0], whole[0], rel_tol=1e-6)
     assert_same_gradients(sliced[1], whole[1])
+
+
+def test_a_model_that_sees_images_too_and_caps_its_logits_learns_from_capped_ones() -> None:
+    """Gemma 3n and 4 keep the cap in the text model's config: it was not seen there, and the loss was another model's."""
+    text = Gemma4TextConfig(
+        vocab_size=models.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        global_head_dim=8, hidden_size_per_layer_input=0, num_kv_shared_layers=0, layer_types=["full_attention"], final_logit_softcapping=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=None, audio_config=None)).eval()
+    batch = collate(rows(stage(TEXTS[:3])))
+    batch.pop("alpha")
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+        assert float(Learner(Valve(model, models.tokenizer()))(**batch, divisor=1.0)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("learned_head", [False, True])
+def test_an_output_layer_s_bias_is_part_of_the_loss(learned_head: bool) -> None:
+    """Phi's has one."""
+    valve, batch = turned(), collate(rows(stage(TEXTS[:3])))
+    head = valve.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(models.VOCABULARY, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+    head.weight.requires_grad_(learned_head)
+    alpha = batch.pop("alpha")
+    with valve.at(alpha) as model, torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+        assert float(Learner(valve)(**batch, divisor=1.0)) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("head", ["frozen", "learned", "scaled"])
@@ -321,6 +357,48 @@ def test_training_at_another_beta_learns_another_direction(tmp_path: Path) -> No
     assert_same_bits(low, again)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"learning_rate": 5e-3}, {"schedule": "linear"}, {"warmup": 0.5}, {"weight_decay": 0.5}, {"clip": 1e-4}, {"epochs": 1.5}, {"seed": 1},
+        {"lora_alpha": 8}, {"rslora": True}, {"dropout": 0.5}, {"modules": "mlp"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_what_is_set_reaches_what_learns(tmp_path: Path, changed: dict[str, object]) -> None:
+    usual, _ = trained(tmp_path / "usual")
+    other, _ = trained(tmp_path / "other", **changed)
+    mine, theirs = learned(usual), learned(other)
+    assert [name for name in mine.keys() & theirs.keys() if not torch.equal(mine[name], theirs[name])]
+
+
+def test_half_an_epoch_is_half_of_its_steps(tmp_path: Path) -> None:
+    assert trained(tmp_path, epochs=1.5)[1]["stages"][0]["steps"] == 6
+
+
+@pytest.mark.parametrize("kind", ["full", "dora"])
+def test_what_is_no_lora_does_not_go_on_from_one(kind: str) -> None:
+    with pytest.raises(SettingError, match="full and dora start from the model itself; leave direction out"):
+        TrainSettings(direction="d", **{kind: True})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        # Steps 4, 9, 14 and 19, counted from 0: four of 20 to rise in, and sixteen to fall.
+        ("linear", 0.2, [1, 11 / 16, 6 / 16, 1 / 16]),
+        ("cosine", 0.2, [(1 + math.cos(math.pi * step / 16)) / 2 for step in (0, 5, 10, 15)]),
+        ("constant", 0.4, [4 / 8, 1, 1, 1]),
+        ("constant", 0.0, [1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_as_it_is_set(tmp_path: Path, schedule: str, warmup: float, expected: list[float]) -> None:
+    """A constant one did not rise, whatever the warm-up."""
+    trained(tmp_path, batch=2, epochs=5, schedule=schedule, warmup=warmup, learning_rate=1e-2)
+    told = read_json(tmp_path / "stage-0" / "checkpoint-20" / "trainer_state.json")["log_history"]
+    assert [100 * log["learning_rate"] for log in told if "loss" in log] == pytest.approx(expected)
+
+
 def test_alphas_other_than_1_need_a_dial(tmp_path: Path) -> None:
     for changed in ({"full": True}, {"dora": True}):
         with pytest.raises(SettingError, match="other alphas than 1 need a LoRA direction"):
@@ -436,6 +514,20 @@ def test_a_skipped_step_leaves_the_weights_alone(tmp_path: Path) -> None:
     report = fit(sick, [Stage("s", (bad, bad))], how, tmp_path, CARD, ask="plain")
     assert report["stages"][0]["steps_skipped"] == [1, 2]
     assert all(torch.equal(start[name], weight) for name, weight in learned(sick).items())
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_gradient_with_infinity_in_it_is_as_bad_as_one_that_is_no_number(bad: float) -> None:
+    """Adam remembers its square: a weight that was stepped by infinity once never moves again."""
+    layer = torch.nn.Linear(2, 2)
+    skip, state = SkipBadSteps("s", lambda *_: None), TrainerState()
+    skip.trainer = SimpleNamespace(model=layer)  # pyright: ignore[reportAttributeAccessIssue]
+    for number, skipped in ((1.0, []), (bad, [1])):
+        layer(torch.ones(1, 2)).sum().backward()
+        layer.bias.grad = torch.tensor([0.0, number])
+        skip.on_pre_optimizer_step(None, state, None)  # pyright: ignore[reportArgumentType]
+        assert skip.skipped == [log["step"] for log in state.log_history] == skipped
+        assert [parameter.grad is None for parameter in layer.parameters()] == [bool(skipped)] * 2
 
 
 def test_skipped_steps_are_still_known_where_a_run_goes_on(tmp_path: Path) -> None:
@@ -777,10 +869,45 @@ def test_train_writes_a_direction_that_says_what_it_is(tmp_path: Path) -> None:
     found = Direction.load(out)
     assert (found.card.base, found.card.toward, found.card.method) == (str(tmp_path / "model"), "shorter", "valve")
     assert "4 questions" in found.card.facts["data"]
+    assert {factor.A.shape[0] for factor in found.factors.values()} == {2}
     report = read_json(out / "train.json")["stages"][0]
     # "The answer is \boxed{}." and the end mark behind each solution
     assert report["learned_tokens"] == sum(len(f"{i}+1={i + 1}\nThe answer is \\boxed{{{i + 1}}}.") + 1 for i in range(4))
+    asked = sum(len(models.tokenizer()(render(models.tokenizer(), f"{i}+1?", prompt("plain")))["input_ids"]) for i in range(4))
+    assert report["tokens"] == asked + report["learned_tokens"]
     assert Valve.load(tmp_path / "model", out, device="cpu").rows
+
+
+@pytest.mark.parametrize("kind", ["MixChain", "human"])
+def test_a_limit_takes_so_many_questions_that_the_seed_chooses(tmp_path: Path, kind: str) -> None:
+    models.save(models.llama(), tmp_path / "model")
+    data = mix_file(tmp_path / "data.jsonl", 40)
+    if kind == "human":
+        data.write_text("".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1), "solution": f"{i}+1={i + 1}"}) + "\n" for i in range(40)))
+    how = {"model": str(tmp_path / "model"), "data": str(data), "device": "cpu", "prompt": "plain", "batch": 4, "rank": 2, "limit": 3}
+    facts, starts = list[str](), list[Tensor]()
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        out = run(TrainSettings(**how, seed=seed, out=str(tmp_path / str(number))))  # pyright: ignore[reportArgumentType]
+        assert read_json(out / "train.json")["stages"][0]["examples"] == 3
+        found = Direction.load(out)
+        facts.append(found.card.facts["data"])
+        starts.append(next(iter(found.factors.values())).A)
+    assert facts[0] == facts[1] != facts[2]
+    # What a new LoRA starts with is the seed's as well; one step moves it by no more than the learning rate.
+    assert torch.equal(starts[0], starts[1])
+    assert float((starts[0] - starts[2]).abs().max()) > 0.01
+
+
+def test_a_human_solution_is_put_into_a_thinking_block_where_it_is_asked_for(tmp_path: Path) -> None:
+    models.save(models.llama(), tmp_path / "model")
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "2", "solution": "1+1=2"}) + "\n")
+    how = {"model": str(tmp_path / "model"), "data": str(tmp_path / "qa.jsonl"), "device": "cpu", "prompt": "plain", "rank": 2}
+    tokens = [
+        read_json(run(TrainSettings(**how, thinking=thinking, out=str(tmp_path / thinking))) / "train.json")["stages"][0]["learned_tokens"]  # pyright: ignore
+        for thinking in ("no", "auto", "yes")
+    ]
+    assert tokens[0] == tokens[1] < tokens[2]
 
 
 def test_other_chains_of_the_same_questions_are_another_run(tmp_path: Path) -> None:
@@ -835,7 +962,7 @@ def test_full_fine_tuning_leaves_what_can_be_loaded_both_ways(tmp_path: Path) ->
     plain = Valve.load(out, device="cpu")
     turned = Valve.load(tmp_path / "model", out, device="cpu")
     assert turned.direction is not None
-    assert turned.direction.card.toward == "longer"
+    assert (turned.direction.card.toward, turned.direction.card.method) == ("longer", "valve")
     with turned.at(1.0) as model:
         assert torch.equal(models.logits(model), models.logits(plain.model))
     with turned.at(0.0) as model:
