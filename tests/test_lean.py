@@ -280,6 +280,23 @@ def test_places_are_the_positions_before_what_is_learned() -> None:
     assert collate_flat(unasked)["places"].tolist() == [0, 2], "the last token of a row does not predict the next row's first"
 
 
+def test_flat_positions_are_those_within_a_row() -> None:
+    """Rotary positions would not tell: they only see differences."""
+    encoded = rows()
+    expected = [place for row in encoded for place in range(len(row["input_ids"]))]
+    assert collate_flat(encoded)["position_ids"].flatten().tolist() == expected
+    packed = pack(encoded, 200)
+    assert collate_flat(packed)["position_ids"].flatten().tolist() == [place for row in packed for place in row["position_ids"]]
+
+
+def test_the_loss_of_logits_in_16_bits_is_summed_in_32() -> None:
+    logits = (10 * torch.randn(7, 301, generator=torch.Generator().manual_seed(0))).bfloat16()
+    wanted = torch.arange(7)[:, None]
+    loss, slope = loss_and_slope(logits, wanted)
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(logits.float(), wanted[:, 0], reduction="none"), rtol=1e-5)
+    assert slope.dtype == torch.bfloat16
+
+
 def test_the_fused_loss_is_the_written_one() -> None:
     """What a GPU compiles for its loss, compiled for the CPU: loss and gradient of large logits."""
     draw = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from cotvalve.chains import judged
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, SettingError
 from cotvalve.headloss import Worth, compiled
-from cotvalve.learner import Learner, _Order  # pyright: ignore[reportPrivateUsage]
+from cotvalve.learner import Learner, SkipBadSteps, _Order  # pyright: ignore[reportPrivateUsage]
 from cotvalve.mixchain import MixSettings
 from cotvalve.mixchain import run as mix
 from cotvalve.prompts import end_of_turn
@@ -126,12 +126,8 @@ def test_rows_have_weights_only_where_examples_differ() -> None:
 @pytest.mark.parametrize("way", ["rows", "packed", "own head", "learned head"])
 def test_a_weight_multiplies_its_chain_s_loss_and_gradient(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     valve, encoded = turned(), weighted()
-    batch = collate(pack(encoded, 1000) if way == "packed" else encoded)
-    if way == "packed":
-        assert len(batch["input_ids"]) == 1
-        # Without our attention kernel the packed chains would see one another: only the weights are compared.
-        assert sorted(batch["weights"].tolist()) == sorted(collate(encoded)["weights"].tolist())
-        return
+    batch = collate(pack(encoded, 100) if way == "packed" else encoded)
+    assert len(batch["input_ids"]) == (2 if way == "packed" else 4)
     expected = by_hand(valve)
     if way == "own head":
         monkeypatch.setattr(valve.model.config, "logits_scaling", 2.0, raising=False)
@@ -211,15 +207,39 @@ def test_where_nothing_has_moved_yet_the_gradient_is_the_reward_s(way: str, monk
         head = valve.model.get_output_embeddings()
         assert head is not None
         head.weight.requires_grad_(True)
-    found = loss_and_gradients(valve, collate(encoded))[1]
-    assert_same_gradients({name: g for name, g in found.items() if ".lora_" in name}, free)
+    for slices in (2048, 7):
+        monkeypatch.setattr("cotvalve.headloss.LOSS_SLICE", slices)
+        monkeypatch.setattr("cotvalve.learner.LOSS_SLICE", slices)
+        loss, found = loss_and_gradients(valve, collate(encoded))
+        assert_same_gradients({name: g for name, g in found.items() if ".lora_" in name}, free)
+        # Where p has not moved, the objective of a token is its worth.
+        assert loss == pytest.approx(-sum(weight * (len(text) + 1) for text, weight in zip(TEXTS, WEIGHTS, strict=True)), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_first_step_of_a_round_has_the_reward_s_gradient(tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a token was before is found at its own chain's position, whatever the portions and their order."""
+    seen: list[dict[str, Tensor]] = []
+
+    def look(callback: SkipBadSteps, *_: object, **__: object) -> None:
+        assert callback.trainer is not None
+        assert callback.trainer.model is not None
+        seen.append({name: p.grad.clone() for name, p in callback.trainer.model.named_parameters() if p.grad is not None})
+
+    monkeypatch.setattr(SkipBadSteps, "on_pre_optimizer_step", look)
+    stage = Stage("s", tuple(Example(SEVEN, Chain(t, len(t)), a, w) for t, a, w in zip(TEXTS, ALPHAS, WEIGHTS, strict=True)))
+    for trust, more in ((0.0, {}), (0.2, {"packing": packing, "max_length": 100, "micro_batch": 2})):
+        how = settings(batch=4, clip=0, trust=trust, **more)
+        fit(turned(), [stage], how, tmp_path / str(trust), Card("base", "shorter", "reward"), ask="plain")
+    free, bound = seen
+    assert_same_gradients(bound, free)
 
 
 def pushed(folder: Path, trust: float, **how: object) -> Valve:
     """A valve after forty steps up and down the same two chains."""
     valve = turned()
     (stage,) = reward([(SEVEN, [one(9, right=True, text="3 + 4 = 7"), one(9, right=False, text="so it is 9")])], 0.0)
-    fit(valve, [stage], settings(learning_rate=3e-3, epochs=40, trust=trust, **how), folder, Card("base", "shorter", "reward"), ask="plain")
+    fit(valve, [stage], settings(**{"learning_rate": 3e-3, "epochs": 40, "trust": trust, **how}), folder, Card("base", "shorter", "reward"), ask="plain")
     return valve
 
 
@@ -229,6 +249,15 @@ def test_trust_bounds_what_one_round_does(tmp_path: Path) -> None:
     for text, then, sign in zip(("3 + 4 = 7", "so it is 9"), before, (1, -1), strict=True):
         near, far = (sign * (likelihood(valve, text, 1.0) - then) for valve in (bound, free))
         assert 0.2 < near < far / 2, f"{text}: {near:.2f} of {far:.2f}"
+
+
+def test_a_smaller_trust_bounds_it_closer(tmp_path: Path) -> None:
+    """In steps that are small beside both: 0.2, the default, was as good as any other number."""
+    before = [likelihood(turned(), text, 1.0) for text in ("3 + 4 = 7", "so it is 9")]
+    tight, bound = (pushed(tmp_path / str(trust), trust, learning_rate=3e-4) for trust in (0.02, 0.2))
+    for text, then, sign in zip(("3 + 4 = 7", "so it is 9"), before, (1, -1), strict=True):
+        nearest, near = (sign * (likelihood(valve, text, 1.0) - then) for valve in (tight, bound))
+        assert 0 < nearest < near / 2, f"{text}: {nearest:.2f} of {near:.2f}"
 
 
 def test_a_round_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
