@@ -301,6 +301,12 @@ class SkipBadSteps(TrainerCallback):
             for p in learned:
                 p.grad = None
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any  # noqa: ARG002
+    ) -> None:
+        # The Trainer leaves out what stands behind the last five steps: of a short run that is all of it.
+        control.should_log |= state.global_step >= state.max_steps
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any  # noqa: ARG002
     ) -> None:

@@ -136,7 +136,7 @@ def _fit_stage(
         warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1), max_grad_norm=settings.clip, bf16=how.autocast,
         use_cpu=how.device.type == "cpu", seed=settings.seed, data_seed=settings.seed,
         save_strategy="steps", save_steps=settings.checkpoint_every, save_total_limit=1,
-        logging_steps=5, report_to=[], disable_tqdm=True,
+        logging_steps=5, logging_first_step=True, report_to=[], disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     # DataParallel, the Trainer's choice on a host with several GPUs, would part the rows from their alphas.

@@ -477,6 +477,20 @@ def test_a_run_of_one_step_learns(tmp_path: Path) -> None:
     assert all(float(weight.abs().max()) > 0 for name, weight in learned(valve).items() if ".lora_B" in name)
 
 
+@pytest.mark.parametrize(("count", "at"), [(1, [1]), (4, [1, 4]), (7, [1, 5, 7])])
+def test_the_first_and_the_last_loss_are_told(tmp_path: Path, count: int, at: list[int]) -> None:
+    """A run of one to four steps had no loss at all, and one of seven told that of the first five as its last."""
+    notes: list[str] = []
+    _, report = trained(
+        tmp_path, stage(TEXTS[:count]), batch=1, epochs=1,
+        progress=lambda _task, done, total, note="": notes.append(f"{done}/{total} {note}"),
+    )  # fmt: skip
+    told = read_json(tmp_path / "stage-0" / "loss.json")
+    assert [each["step"] for each in told] == at
+    assert report["stages"][0]["last_loss"] == told[-1]["loss"] > 0
+    assert notes[-1] == f"{count}/{count} loss {told[-1]['loss']:.3f}"
+
+
 # Steps that go wrong
 
 
