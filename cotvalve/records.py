@@ -108,7 +108,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in `path`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
     except NOT_THERE:
         raise DataError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets in thousands

@@ -117,6 +117,8 @@ def test_files_of_windows_are_read(tmp_path: Path, name: str) -> None:
     text = '\ufeff{"a": "\u00e9"}\r\n\r\n{"a": 2}\r\n'.encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     assert list(read_jsonl(tmp_path / name)) == [(1, {"a": "\u00e9"}), (3, {"a": 2})]
+    (tmp_path / "rows.json").write_bytes('\ufeff[{"a": "\u00e9"}]\r\n'.encode())
+    assert read_json(tmp_path / "rows.json") == [{"a": "\u00e9"}]
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
