@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cotvalve.calibration import FILE, Calibration, Error, Position, around_zero, fingerprint, fit
 from cotvalve.card import DIRECTION_SHA256
+from cotvalve.chains import JSON_LINES
 from cotvalve.checkpoints import DIRECTION_FILES, fetch
 from cotvalve.direction import load_direction
 from cotvalve.engines import pick
@@ -234,7 +235,7 @@ def _trained_here(folder: Path) -> bool:
     own = (
         data in NAMES
         or (Path(data) / "run.json").exists()
-        or (data.endswith(".jsonl") and Path(data).exists() and not is_mixchain(data))
+        or (data.endswith(JSON_LINES) and Path(data).exists() and not is_mixchain(data))
     )
     return own and (not before or _trained_here(Path(before)))
 

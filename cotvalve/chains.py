@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+JSON_LINES = (".jsonl", ".jsonl.gz")
+"""How the names of JSON lines files end, which hold problems or chains."""
+
 
 def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixChain]:
     """MixChain from a run folder of `mix`, a Parquet or JSON lines file, or a hub id of the authors' sets.
@@ -150,7 +153,7 @@ def _table(source: str | Path) -> Iterator[tuple[int, Json]]:
     path = Path(source)
     if path.is_dir() and (path / "mixchain.parquet").exists():
         path = path / "mixchain.parquet"
-    if path.suffix == ".jsonl":
+    if path.name.endswith(JSON_LINES):
         yield from read_jsonl(path)
         return
     if path.suffix == ".json":
@@ -179,9 +182,10 @@ def _own(source: str | Path) -> bool:
 
 def is_mixchain(data: str) -> bool:
     """True when `data` names MixChain (a run folder, a file with chains, a hub id), not a data set of problems."""
-    if data in NAMES or data.endswith(".jsonl.gz"):
+    if data in NAMES:
         return False
-    if data.endswith(".jsonl") and Path(data).exists():
+    if data.endswith(JSON_LINES) and Path(data).exists():
         _, first = next(read_jsonl(Path(data)))
-        return "chains" in first or any(name.startswith("solution_") and name[9:].isdigit() for name in first)
-    return True
+        limo = "answer" not in first and isinstance(first.get("solution"), str)
+        return limo or "chains" in first or any(name.startswith("solution_") and name[9:].isdigit() for name in first)
+    return not data.endswith(".jsonl.gz")

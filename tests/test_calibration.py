@@ -1,5 +1,6 @@
 """Calibration: the curve, what it refuses, its file, and the whole verb on a small random model."""
 
+import gzip
 import json
 import math
 import shutil
@@ -478,6 +479,9 @@ def test_whether_a_direction_has_seen_the_questions_is_told_by_what_it_was_train
 
     assert elsewhere not in trained("named", "gsm8k")
     assert elsewhere not in trained("file", str(tmp_path / "mine.jsonl"))
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wb") as file:
+        file.write((tmp_path / "mine.jsonl").read_bytes())
+    assert elsewhere not in trained("packed", str(tmp_path / "packed.jsonl.gz"))
     assert elsewhere not in trained("mixed", str(tmp_path / "named"))
     assert elsewhere not in trained("on", "gsm8k", str(tmp_path / "named"))
     assert elsewhere in trained("chains", str(tmp_path / "chains.jsonl"))

@@ -1,5 +1,6 @@
 """Stage 2, and what a sampling run survives: what is kept and why, its files, kill -9 and a full disk."""
 
+import gzip
 import json
 import signal
 import sqlite3
@@ -208,12 +209,14 @@ AUTHORS: list[Json] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
 def test_the_authors_columns_load(tmp_path: Path, kind: str) -> None:
     """question, answer, solution_0..4, correct_k: wrong and missing chains left out, lengths in our own tokens."""
     path = tmp_path / f"mix.{kind}"
     if kind == "jsonl":
         path.write_text("".join(json.dumps(each) + "\n" for each in AUTHORS))
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(each) + "\n" for each in AUTHORS).encode()))
     elif kind == "json":
         path.write_text(json.dumps(AUTHORS))
     else:
@@ -266,6 +269,7 @@ def test_limo_s_sets_have_one_solution_and_the_answer_in_its_box(tmp_path: Path)
     (mix,) = load(path, models.tokenizer())
     assert mix.problem.answer == "42"
     assert [chain.solution for chain in mix.chains] == [0]
+    assert is_mixchain(str(path)), "a file of it was taken for problems, and refused for having no answer"
 
 
 def test_mixchain_that_is_not_there() -> None:
