@@ -18,7 +18,7 @@ from cotvalve import costs, problems
 from cotvalve.architectures import Architecture, architecture
 from cotvalve.costs import CARDS, GIB, Range
 from cotvalve.errors import SettingError, unknown
-from cotvalve.mixchain import MixSettings, Sampling
+from cotvalve.mixchain import MixSettings, Sampling, is_mixchain, load
 from cotvalve.pipeline import Recipe, Step
 from cotvalve.records import read_json
 from cotvalve.rounds import RewardSettings, parts
@@ -214,6 +214,8 @@ def _learned(plan: _Plan, settings: TrainSettings) -> Chains:
     if settings.data in AUTHORS:
         questions, solutions = AUTHORS[settings.data]
         return Chains(Range.of(questions), Range.of(len(solutions)), Range(min(solutions), max(solutions)), solutions)
+    if Path(settings.data).is_file() and is_mixchain(settings.data):
+        return _stored(settings.data)
     human = _human(plan, settings.data)
     tokens = Range.of(human) if human else Range(PROMPT, settings.max_length)
     return Chains(Range.of(_trainable(plan, settings.data)), Range.of(plan.data(settings.data).get("chains", 1)), tokens)
@@ -225,6 +227,14 @@ def _sampled(folder: Path) -> Chains:
     questions = max(1, report["kept_questions"])
     lengths = [table["mean_tokens"] for table in report["by_alpha"].values() if table["mean_tokens"]] or [PROMPT]
     return Chains(Range.of(questions), Range.of(report["kept"] / questions), Range(min(lengths), max(lengths)))
+
+
+def _stored(path: str) -> Chains:
+    """MixChain in a file, whose lengths are told by its characters."""
+    counted: Any = lambda text, **_: {"input_ids": range(math.ceil(len(text) / CHARACTERS))}  # noqa: E731  a tokenizer to `load`
+    mix = [[chain.tokens for chain in each.chains] for each in load(path, counted) if each.chains]
+    low, high = (sum(map(end, mix)) / len(mix) for end in (min, max))
+    return Chains(Range.of(len(mix)), Range.of(sum(map(len, mix)) / len(mix)), Range(low, high))
 
 
 def _mix(plan: _Plan, step: Step, settings: MixSettings) -> Line:

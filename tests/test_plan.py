@@ -1,5 +1,6 @@
 """What a plan says, against what can be counted: parameters, LoRA, saved activations, steps, measured memory."""
 
+import gzip
 import json
 import math
 import re
@@ -421,6 +422,24 @@ def test_a_sweep_is_counted_on_the_split_that_it_will_answer(tmp_path: Path) -> 
             plan.describe(recipe(tmp_path, f"  a: {{verb: {verb}, model: {where}, data: {name}, split: {split}}}"))
     with pytest.raises(SettingError, match="unknown split of math500 'train'"):
         plan.describe(recipe(tmp_path, f"  a: {{verb: mix, model: {where}, data: math500}}"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json"])
+def test_chains_in_a_file_are_counted_as_they_stand(tmp_path: Path, kind: str) -> None:
+    """A .json file was no data set, and of JSON lines `plus` counted nothing: one chain a question, with beta 0."""
+    where = models.save(models.qwen2(tied=True), tmp_path / "model")
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1), "solution_0": "x" * 350, "solution_1": "y" * 700, "solution_2": "z" * 35} for n in range(10)]
+    data = tmp_path / f"theirs.{kind}"
+    text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+    data.write_bytes(gzip.compress(text.encode()) if kind == "jsonl.gz" else text.encode())
+    told = plan.describe(recipe(tmp_path, f"""\
+  valve: {{verb: train, recipe: valve, model: {where}, data: {data}}}
+  plus: {{verb: train, recipe: plus, model: {where}, data: {data}}}
+  progressive: {{verb: train, recipe: progressive, model: {where}, data: {data}}}"""))
+    for said in ("valve: 10 examples x 1 epoch", "plus: 20 examples x 1 epoch", "progressive: 10 examples x 1 epoch x 3 stages"):
+        assert said in told
+    (row,) = (line for line in told.splitlines() if line.startswith("plus ") and "train" in line)
+    assert " 2,600 to 6,400 " in row, "20 chains of 10 to 200 tokens, 3.5 characters each, with their prompts"
 
 
 def test_files_runs_and_made_checkpoints_of_one_s_own(tmp_path: Path) -> None:
