@@ -153,6 +153,8 @@ def read(
         if field not in ("name", "about", "out", "common", "steps", "sizes"):
             raise SettingError(f"{path}: {unknown('field', field, ['name', 'about', 'out', 'common', 'steps', 'sizes'])}")
     home = Path(out or found.get("out") or f"runs/{found.get('name') or path.stem}")
+    if "," in str(home):
+        raise SettingError(f"{path}: its steps would lie in '{home}', and a comma parts the directions of a sweep; name another --out")
     common = {**(found.get("common") or {}), **{k: v for k, v in (("data_dir", data_dir), ("model", model), ("seed", seed)) if v is not None}}
     folders: dict[str, Path] = {}
     base = str(common.get("model") or "")

@@ -228,12 +228,15 @@ def _examples(rows: dict[tuple[str, str], list[Json]], sets: dict[str, list[Prob
 def named_directions(text: str) -> dict[str, str]:
     """'a,b=folder' as {name: folder}; the name is the folder's last part where none is given.
 
-    >>> named_directions("runs/valve,++=runs/plus")
-    {'valve': 'runs/valve', '++': 'runs/plus'}
+    >>> named_directions("runs/valve,++=runs/lr=1e-4/plus")
+    {'valve': 'runs/valve', '++': 'runs/lr=1e-4/plus'}
     """
     found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        label, _, where = part.rpartition("=")
+        # A name has no slash: what stands behind the first one, 'runs/lr=1e-4', is a folder's.
+        first, slash, rest = part.partition("/")
+        label, _, first = first.rpartition("=")
+        where = first + slash + rest
         label = label or Path(where).name
         if label in found or label == PLAIN:
             raise SettingError(f"direction name '{label}' is taken; name it like other={where}")

@@ -13,7 +13,7 @@ from cotvalve import pipeline
 from cotvalve.errors import DataError, SettingError
 from cotvalve.mixchain import MixSettings
 from cotvalve.records import RowStore, read_json, write_json
-from cotvalve.sweep import SweepSettings
+from cotvalve.sweep import SweepSettings, named_directions
 from cotvalve.train import TrainSettings
 from cotvalve.verbs import ExtractSettings
 from tests import models
@@ -49,6 +49,16 @@ def refused(folder: Path, text: str, kind: type[Exception] = SettingError) -> st
     assert said.startswith(str(folder / "recipe.yaml"))
     assert "\n" not in said
     return said.removeprefix(f"{folder / 'recipe.yaml'}: ")
+
+
+def test_a_sweep_finds_its_directions_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    """'A=runs/lr=1e-4/valve' was the folder '1e-4/valve' called 'A=runs/lr', which was told after the training."""
+    swept = read(tmp_path, out=str(tmp_path / "lr=1e-4"))["sweep"]
+    assert isinstance(swept, SweepSettings)
+    assert named_directions(swept.direction) == {"A": f"{tmp_path}/lr=1e-4/valve", "B": f"{tmp_path}/lr=1e-4/plus-z/checkpoint"}
+    assert named_directions("runs/lr=1e-4,lr=2=runs/b,mine,here=d/") == {"lr=1e-4": "runs/lr=1e-4", "lr=2": "runs/b", "mine": "mine", "here": "d/"}
+    with pytest.raises(SettingError, match=r"in 'runs/1,5/mine', and a comma parts the directions of a sweep; name another --out"):
+        read(tmp_path, out="runs/1,5/mine")
 
 
 def test_common_fields_reach_the_steps_that_have_them_and_a_step_s_own_win(tmp_path: Path) -> None:
