@@ -73,11 +73,18 @@ def _whole(folder: Path) -> Generator[Path]:
     """A folder to write into that becomes `folder` at the end: a killed command leaves nothing half done there."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: a file, not a folder; name another --out")
-    if folder.exists() and any(folder.iterdir()):
+    there = folder.is_dir()
+    part = folder / ".part" if there else folder.with_name(f".{folder.name}.part")
+    if there and any(path != part for path in folder.iterdir()):
         raise DataError(f"{folder}: not empty; name another --out")
-    part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with disk(folder):
         part.mkdir(parents=True)
         yield part
-        os.replace(part, folder)
+        if not there:
+            os.replace(part, folder)
+            return
+        # An empty folder that is there stays the one it is: it may be a link, a disk that is mounted, or where one stands.
+        for path in sorted(part.iterdir()):
+            os.replace(path, folder / path.name)
+        part.rmdir()

@@ -36,6 +36,22 @@ def test_extract_and_fuse_refuse_a_folder_with_something_in_it(tmp_path: Path, p
         fuse(FuseSettings(model="tiny", direction=str(pair_direction), out=str(tmp_path)))
 
 
+@pytest.mark.parametrize("out", [".", "", "link"])
+def test_an_empty_folder_that_is_there_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    """`--out .` was a traceback, and in the place of a link (or a mounted disk) nothing can be put: told when all was computed."""
+    home = tmp_path / "home"
+    (home / ".part" / "half").mkdir(parents=True)  # of a killed one
+    (tmp_path / "link").symlink_to(home, target_is_directory=True)
+    monkeypatch.chdir(tmp_path if out == "link" else home)
+    kept = home.stat().st_ino
+    extract(ExtractSettings(base="tiny", reasoner="tiny-reasoner", rank=2, out=out))
+    assert home.stat().st_ino == kept
+    assert {path.name for path in home.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "direction.json", "extraction.json"}
+    assert Valve.load("tiny", home).rows
+    with pytest.raises(DataError, match="not empty; name another --out"):
+        extract(ExtractSettings(base="tiny", reasoner="tiny-reasoner", rank=2, out=out))
+
+
 def test_a_failed_extract_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     with pytest.raises(SettingError):
         extract(ExtractSettings(base="tiny", reasoner="tiny-reasoner", rank=0, out=str(tmp_path / "d")))
