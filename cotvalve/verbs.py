@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cotvalve.errors import DataError
 from cotvalve.records import disk, write_json
-from cotvalve.settings import ModelSettings, Seed, Settings
+from cotvalve.settings import Finite, ModelSettings, Seed, Settings
 from cotvalve.types import Progress, Toward, silent
 
 
@@ -50,7 +50,7 @@ class FuseSettings(ModelSettings):
 
     direction: str
     """The direction to put into the weights."""
-    alpha: float = 1.0
+    alpha: Finite = 1.0
     """Position of the valve."""
     out: str = "runs/fused"
     """Folder for the checkpoint."""

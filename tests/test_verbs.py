@@ -174,9 +174,11 @@ def test_a_file_where_a_folder_belongs_is_told_in_one_line(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_no_model_is_fused_at_what_is_no_position(tmp_path: Path, alpha: float) -> None:
+    """It is told before a model is loaded."""
+    with pytest.raises(SettingError, match=r"setting 'alpha': .* a finite number"):
+        FuseSettings(model="tiny-reasoner", direction="tiny-valve", alpha=alpha, out=str(tmp_path / "fused"))
     with pytest.raises(SettingError, match="is not a finite number"):
-        fuse(FuseSettings(model="tiny-reasoner", direction="tiny-valve", alpha=alpha, out=str(tmp_path / "fused")))
-    assert not (tmp_path / "fused").exists()
+        Valve.load("tiny-reasoner", "tiny-valve").fuse(alpha)
 
 
 @pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 2.0}, {"seed": -1}])
