@@ -16,7 +16,7 @@ ORDER = """
     errors types values baselines repetition records settings
     answers mathanswers mathjudge grading
     problems.dataset problems.arithmetic_words problems.arithmetic problems.arithmetic_chains
-    problems.aime problems.asdiv problems.gsm8k problems.math500 problems.jsonl problems.prm12k problems problems.unseen
+    problems.aime problems.asdiv problems.gsm8k problems.math500 problems.jsonl problems.prm12k problems.unseen problems
     prompts
     checkpoints templates adapters weights card direction vocabularies taskvector mover extraction
     inlets valve fusing

@@ -376,6 +376,23 @@ def test_a_file_so_short_that_a_split_is_empty_is_told(tmp_path: Path) -> None:
             problems.training(path) if some else problems.load(path, split="heldout")
 
 
+def test_a_question_on_several_rows_is_held_out_by_all_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows are held out by their ids: of a file that has each question three times nearly all held-out ones were trained on."""
+    rows = [{"question": f"What is {i} + 3{'?' * (1 + k)}", "answer": str(i + 3)} for k in range(3) for i in range(60)]
+    path = str(write(tmp_path / "again.jsonl", *rows))
+    held = {problem.answer for problem in problems.load(path, split="heldout")}
+    with caplog.at_level("WARNING", "cotvalve"):
+        learned = problems.training(path)
+    assert held
+    assert not held & {problem.answer for problem in learned}
+    assert len(learned) == 3 * (60 - len(held))
+    left_out = 180 - len(problems.load(path, split="heldout")) - len(learned)
+    assert caplog.messages == [f"{path}: {left_out} of {left_out + len(learned)} training questions are held out by another row with the same words: they were left out"]
+    caplog.clear()
+    problems.training(str(write(tmp_path / "once.jsonl", *rows[:60])))
+    assert not caplog.messages
+
+
 def test_a_file_has_the_splits_test_and_heldout_and_no_other(tmp_path: Path) -> None:
     """A misspelt 'heldout' gave all rows, those that are trained on among them."""
     path = tmp_path / "mine.jsonl"

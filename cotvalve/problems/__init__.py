@@ -8,6 +8,7 @@ every gold answer of a set before any model is graded.
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import TypeVar
 from cotvalve.answers import boxes
 from cotvalve.errors import DataError, SettingError, unknown
 from cotvalve.grading import grade, why_unreadable
-from cotvalve.problems import arithmetic, jsonl
+from cotvalve.problems import arithmetic, jsonl, unseen
 from cotvalve.problems.aime import AIME24, AIME25
 from cotvalve.problems.asdiv import ASDIV
 from cotvalve.problems.dataset import ENVIRONMENT, DataSet
@@ -28,6 +29,8 @@ from cotvalve.problems.prm12k import PRM12K
 from cotvalve.types import Problem, Progress, silent
 
 Item = TypeVar("Item")
+
+_log = logging.getLogger(__name__)
 
 ARITHMETIC = DataSet(
     "arithmetic",
@@ -135,10 +138,16 @@ def training(
 ) -> list[Problem]:
     """The questions of `name` that may be learned from: its train split (or a .jsonl file) less the held-out ones.
 
-    `limit`, `seed` and `offset` as in `subset`. A set with only a test split is refused.
+    `limit`, `seed` and `offset` as in `subset`. A set with only a test split is refused. A question that a file has on several
+    rows is held out by all of them when one is; how many are left out by that is logged as a warning.
     """
-    split = "test" if _is_path(name) else "train"
-    problems = [problem for problem in load(name, split=split, data_dir=data_dir) if not held_out(problem)]
+    everything = load(name, split="test" if _is_path(name) else "train", data_dir=data_dir)
+    problems = [problem for problem in everything if not held_out(problem)]
+    if _is_path(name):
+        kept = {unseen.key(problem.question) for problem in everything if held_out(problem)}
+        among, problems = len(problems), [problem for problem in problems if unseen.key(problem.question) not in kept]
+        if among > len(problems):
+            _log.warning("%s: %d of %d training questions are held out by another row with the same words: they were left out", name, among - len(problems), among)
     if not problems:
         raise DataError(f"data set '{name}': all its questions are held out (a fifteenth is, by a hash of the id); give more questions")
     return problems if limit is None else subset(problems, limit, seed, lambda problem: problem.id, offset)
