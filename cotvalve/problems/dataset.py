@@ -56,6 +56,8 @@ class Row:
                 if not value.strip():
                     raise DataError(f"{self.where}: field '{name}' is empty")
                 return value.strip()
+        if empty := [name for name in names if name in self.values]:  # null, or a data frame's NaN
+            raise DataError(f"{self.where}: field '{empty[0]}' is empty")
         wanted = " or ".join(f"'{name}'" for name in names)
         raise DataError(f"{self.where}: no field {wanted}; it has: {', '.join(self.values) or 'nothing'}")
 
