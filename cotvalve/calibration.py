@@ -135,6 +135,7 @@ class Calibration:
         """
         if (tokens is None) == (shorter is None):
             raise SettingError("give one of tokens and shorter")
+        tokens, shorter = _one("tokens", tokens), _one("shorter", shorter)
         asked = f"shorter={shorter:g}" if shorter is not None else f"tokens={tokens:g}"
         start = self.tokens(0.0)
         wanted = tokens if tokens is not None else start * (1 - (shorter or 0.0))
@@ -292,6 +293,14 @@ def fingerprint(folder: Path) -> str:
         repr([config.get(key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")]).encode()
     )
     return digest.hexdigest()
+
+
+def _one(name: str, value: float | None) -> float | None:
+    """The value as a number; SettingError for a list, which alpha takes and a length does not."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise SettingError(f"{name} is {value!r}; expected one number") from None
 
 
 def _crossings(alphas: Sequence[float], logs: Sequence[float], target: float) -> list[float]:

@@ -443,6 +443,11 @@ def test_a_calibrated_valve_takes_tokens_and_savings(settings: CalibrateSettings
         assert completion.alpha == pytest.approx(known.alpha(**asked))
     with pytest.raises(SettingError, match="out of reach"):
         valve.generate("How many?", tokens=3.0)
+    # As alpha takes a list someone tries one here; it was a TypeError about a format string.
+    with pytest.raises(SettingError, match=r"tokens is \[80, 120\]; expected one number"):
+        valve.generate("How many?", tokens=[80, 120])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingError, match="shorter is 'half'; expected one number"):
+        valve.generate("How many?", shorter="half")  # pyright: ignore[reportArgumentType]
 
 
 def test_only_held_out_questions_are_asked(settings: CalibrateSettings) -> None:
