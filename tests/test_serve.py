@@ -871,6 +871,10 @@ def test_the_default_position_has_to_be_on_the_dial(valve: Valve) -> None:
         assert Dial.of(valve, ServeSettings(), streams=True).high == 1.0
         assert Dial.of(valve, ServeSettings(highest=8.0), streams=True).high == 8.0
         assert Dial.of(valve, ServeSettings(highest=8.0), streams=True).reach == known.reach
+        assert "alpha 0 to 8 (measured from 0 to 1), 300 to 100 tokens, safe" in Dial.of(valve, ServeSettings(highest=8.0), streams=True).sentence()
+        # Toward longer the lengths rise with alpha; they were told from the longest down.
+        valve.calibration = replace(known, positions=tuple(replace(p, fitted=t) for p, t in zip(known.positions, (50.0, 80.0, 400.0), strict=True)))
+        assert "alpha 0 to 1, 50 to 400 tokens" in Dial.of(valve, ServeSettings(), streams=True).sentence()
     finally:
         valve.calibration = known
     # A part of the dial has a part of the lengths: the rest would be refused.

@@ -219,9 +219,14 @@ class Dial:
         """The mean tokens of what is served: the curve's, where --lowest and --highest leave it."""
         known = self.calibration
         assert known is not None
-        span = known.span
-        ends = [known.tokens(min(max(end, span.low), span.high)) for end in (self.low, self.high)]
+        ends = [known.tokens(end) for end in self._measured()]
         return Interval(min(ends), max(ends))
+
+    def _measured(self) -> list[float]:
+        """The ends of what is served, where the curve goes so far."""
+        known = self.calibration
+        assert known is not None
+        return [min(max(end, known.span.low), known.span.high) for end in (self.low, self.high)]
 
     def told(self, alpha: float) -> Json:
         """What a response says of its position."""
@@ -264,11 +269,12 @@ class Dial:
             return "no direction: the plain model at alpha 0"
         if self.calibration is None:
             return f"alpha {self.low:g} to {self.high:g}; not calibrated, so requests cannot say tokens or shorter"
-        reach, safe = self.reach, self.calibration.safe
+        safe, (start, end) = self.calibration.safe, self._measured()
+        where = "" if (start, end) == (self.low, self.high) else f" (measured from {start:g} to {end:g})"
         asked = self.calibration.facts.get("prompt", "plain")
         apart = "" if asked == "plain" else f"; with the prompt '{asked}', where the server adds no words: for its own lengths calibrate with --prompt plain"
         return (
-            f"alpha {self.low:g} to {self.high:g}, {reach.high:.0f} to {reach.low:.0f} tokens, safe from {safe.low:g} to {safe.high:g} "
+            f"alpha {self.low:g} to {self.high:g}{where}, {self.calibration.tokens(start):.0f} to {self.calibration.tokens(end):.0f} tokens, safe from {safe.low:g} to {safe.high:g} "
             f"(measured on {self.calibration.chosen_on}{apart})"
         )
 
