@@ -132,7 +132,7 @@ def recipe_path(name: str) -> Path:
     known = {found.stem: found for folder in here if folder.is_dir() for found in sorted(folder.glob("*.yaml"))}
     if path.name.removesuffix(".yaml") in known and str(path.parent) in (".", "recipes"):
         return known[path.name.removesuffix(".yaml")]
-    raise SettingError(unknown("recipe", name, known))
+    raise SettingError(unknown("recipe", name, known) + ", or a path to a .yaml file that is there")
 
 
 def read(

@@ -187,7 +187,7 @@ def test_recipes_are_found_by_name_and_the_nearest_one_is_offered(tmp_path: Path
     assert pipeline.recipe_path("qwq-32b-preview").name == "qwq-32b-preview.yaml"
     with pytest.raises(SettingError, match=r"unknown recipe 'qwq-32b': did you mean 'qwq-32b-preview'\?"):
         pipeline.read("qwq-32b")
-    with pytest.raises(SettingError, match=r"unknown recipe 'nowhere/tiny\.yaml'"):
+    with pytest.raises(SettingError, match=r"unknown recipe 'nowhere/tiny\.yaml': .*, or a path to a \.yaml file that is there"):
         pipeline.read("nowhere/tiny.yaml")
 
 
