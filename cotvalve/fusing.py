@@ -6,7 +6,6 @@ The weights are W + alpha * s * B A, computed in fp32 and rounded once; the valv
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ def fuse(valve: Valve, alpha: float) -> PreTrainedModel:
 
     Raises EngineError for a quantized model, SettingError for an alpha that is no finite number.
     """
-    if not math.isfinite(alpha):
+    if not torch.tensor(alpha, dtype=torch.float32).isfinite():  # 1e39 is infinite there
         raise SettingError(f"alpha {alpha} is not a finite number")
     if getattr(valve.model.config, "quantization_config", None) is not None:
         raise EngineError("a quantized model cannot be fused; load the base without quantization")

@@ -410,7 +410,7 @@ def test_an_exact_task_vector_takes_one_alpha_per_batch(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), [0.5, float("nan")]])
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e39, [0.5, float("nan")]])
 def test_alpha_must_be_a_finite_number(alpha: float | list[float]) -> None:
     turned = valve()
     with pytest.raises(SettingError, match="finite"), turned.at(alpha):

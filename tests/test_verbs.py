@@ -181,6 +181,11 @@ def test_no_model_is_fused_at_what_is_no_position(tmp_path: Path, alpha: float) 
         Valve.load("tiny-reasoner", "tiny-valve").fuse(alpha)
 
 
+def test_no_model_is_fused_at_what_fp32_cannot_hold() -> None:
+    with pytest.raises(SettingError, match=r"alpha 1e\+39 is not a finite number"):
+        Valve.load("tiny-reasoner", "tiny-valve").fuse(1e39)
+
+
 @pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 2.0}, {"seed": -1}])
 def test_numbers_that_no_chain_can_be_sampled_with_are_refused(how: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=r"(temperature|max_new_tokens) has to be .*\(given: "):

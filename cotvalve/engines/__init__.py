@@ -10,7 +10,6 @@ A new engine is one file with a class that has `generate`, and one line in `pick
 """
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Protocol
@@ -103,7 +102,8 @@ def _numbers(alpha: float | Iterable[float] | None) -> list[float]:
         found = [0.0] if alpha is None else torch.as_tensor(list(alpha) if isinstance(alpha, Iterator) else alpha, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
         raise SettingError(f"alpha is {alpha!r}; expected a number or a list of numbers") from None
-    if bad := [number for number in found if not math.isfinite(number)]:
+    # As the model computes with it: 1e39 is infinite in fp32.
+    if bad := [number for number in found if not torch.tensor(number, dtype=torch.float32).isfinite()]:
         raise SettingError(f"alpha {bad[0]} is not a finite number")
     return found
 
