@@ -237,7 +237,13 @@ def refuse_pickled(folder: Path) -> None:
         raise DataError(
             f"{folder / pickled[0]}: pickled weights can run code and are not read; convert the model to safetensors"
         )
+    _refuse_direction(folder, folder)
     raise DataError(f"{folder}: no model.safetensors in it; only safetensors and GGUF weights are read")
+
+
+def _refuse_direction(folder: Path, name: str | Path) -> None:
+    if (folder / "adapter_config.json").is_file() or (folder / "direction.json").is_file():
+        raise DataError(f"{name}: is a direction, not a model; name its base as the model and this as the direction")
 
 
 def _model(name: str | Path, gguf_file: str | None, files: Sequence[str], code: bool) -> tuple[Path, dict[str, str]]:
@@ -250,10 +256,7 @@ def _model(name: str | Path, gguf_file: str | None, files: Sequence[str], code: 
             raise DataError(f"{folder / gguf_file}: no such GGUF file")
         return folder, {"gguf_file": gguf_file}
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file() or (folder / "direction.json").is_file():
-            raise DataError(
-                f"{name}: is a direction, not a model; name its base as the model and this as the direction"
-            )
+        _refuse_direction(folder, name)
         raise DataError(
             f"{name}: no config.json in it; expected a model's folder (config.json, model.safetensors, tokenizer) "
             "or a GGUF file"

@@ -324,6 +324,9 @@ def test_truncated_and_missing_and_pickled_weights(tmp_path: Path) -> None:
         DataError, match=r"reasoner: no model.safetensors in it; only safetensors and GGUF weights are read"
     ):
         TaskVector.between(base, reasoner)
+    (reasoner / "adapter_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"reasoner: is a direction, not a model"):
+        TaskVector.between(base, reasoner)
     (reasoner / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(DataError, match=r"pytorch_model.bin: pickled weights can run code and are not read"):
         TaskVector.between(base, reasoner)
