@@ -122,6 +122,8 @@ KINDS = {
     "thousands": Kind("the thousands of a number stand apart ('\\boxed{9 500}')", "cotvalve: it is one number; math-verify multiplies"),
     "repeated": Kind("one value several times in one box ('\\boxed{1, 1, 1}'); math-verify makes a set of it", "open: the question has one value, and the answer names it for each case"),
     "unit": Kind("text in the box ('\\boxed{5 \\text{ and } 1}'); hendrycks_math drops it with all behind it, as a unit", "cotvalve: two values where one is right"),
+    "sum": Kind("a sum stands in the box ('\\boxed{240 + 56} = 296'); math-verify adds it up", "open: the number was to be in the box, and stands behind it"),
+    "apart": Kind("two numbers in one box ('\\boxed{86 42}'); math-verify adds them up as if they were a mixed number", "cotvalve: the sum that was asked for is not given"),
     "inequality": Kind("an inequality for an interval (x > 5 for (5, \\infty))", "cotvalve: it is the same set"),
     "other": Kind("unexplained", "to be looked at"),
 }  # fmt: skip
@@ -177,6 +179,8 @@ def _only_theirs(view: str, seen: Seen) -> str:
     given, read = seen.ours.predicted, seen.read.split(";")[0].strip(".$ ")
     if given and given.count(",") and {part.strip() for part in given.split(",")} == {seen.gold.answer}:
         return "repeated"
+    if view == "math_verify" and (parts := re.fullmatch(r"\d+( \d+| ?\+ ?\d+)", given or "")):
+        return "sum" if "+" in parts[1] else "apart"
     if given is None or not _same(seen.gold.answer, read):
         return "other"
     whole, last = re.escape(read), _visible(seen.text).strip().rpartition("\n")[2]

@@ -20,6 +20,8 @@ CASES = {
     "part of a time": ("math_verify", "2", "So 5:00 - 2 hours 40 minutes = 2:20.\nThe answer is 2:20.", "2; 2", False),
     "thousands": ("math_verify", "9500", r"409 500 - 400 000 = \boxed{9 500}.", "509; 9 500", False),
     "percent": ("math_verify", "20", r"It is $\frac{4}{20} \times 100 = \boxed{20\%}$.", "100; 20\%", False),
+    "sum": ("math_verify", "296", r"The total is \(\boxed{240 + 56} = 296\) dollars.", "56 + 240; 240 + 56", False),
+    "apart": ("math_verify", "128", r"86 glasses and 42 plates. The answer is \boxed{86 42}.", "128; 86 42", False),
     "several": ("math_verify", "30", r"It is $6+8+16+\boxed{0}=\boxed{30}$ ounces.", "{0, 30}; 0,30", False),
     "heading": ("math_verify", "10", "It matches.\n\n### Final Answer\nThe height of the beanstalk after 3 weeks is **10 inches**.", "10; 10", False),
     "unboxed": ("math_verify", "17", "12/4 = 3 for boys, so 4+3=7 on varsity. So, the number of students not on varsity is 17.", "4; 4", False),
