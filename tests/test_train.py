@@ -385,11 +385,11 @@ def test_what_is_no_lora_does_not_go_on_from_one(kind: str) -> None:
 @pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [
-        # Steps 4, 9, 14 and 19, counted from 0: four of 20 to rise in, and sixteen to fall.
-        ("linear", 0.2, [1, 11 / 16, 6 / 16, 1 / 16]),
-        ("cosine", 0.2, [(1 + math.cos(math.pi * step / 16)) / 2 for step in (0, 5, 10, 15)]),
-        ("constant", 0.4, [4 / 8, 1, 1, 1]),
-        ("constant", 0.0, [1, 1, 1, 1]),
+        # Steps 0, 4, 9, 14 and 19: four of 20 to rise in, and sixteen to fall.
+        ("linear", 0.2, [0, 1, 11 / 16, 6 / 16, 1 / 16]),
+        ("cosine", 0.2, [0, *((1 + math.cos(math.pi * step / 16)) / 2 for step in (0, 5, 10, 15))]),
+        ("constant", 0.4, [0, 4 / 8, 1, 1, 1]),
+        ("constant", 0.0, [1, 1, 1, 1, 1]),
     ],
 )
 def test_the_learning_rate_rises_and_falls_as_it_is_set(tmp_path: Path, schedule: str, warmup: float, expected: list[float]) -> None:
