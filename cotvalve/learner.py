@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from cotvalve import tuner
 from cotvalve.batches import IGNORED, collate, collate_flat, portions
 from cotvalve.batches import places as learned_places
 from cotvalve.direction import CARD, Card
@@ -247,7 +247,7 @@ class ValveTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         if self.valve.adapted:
-            set_peft_model_state_dict(self.valve.peft_model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
+            tuner.put(self.valve.peft_model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
         else:
             plain = type(self.valve.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
             self.valve.model.load_state_dict(plain.state_dict())

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cotvalve import checkpoints, templates
+from cotvalve import checkpoints, templates, tuner
 from cotvalve.card import BASE_SHA256, DIRECTION_SHA256, Card
 from cotvalve.direction import Direction, check_fits, load_direction, refuse_adapted
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
@@ -166,7 +166,7 @@ class Valve:
             check_fits(direction, self.model)
             # By whole names: endings would reach other layers too where the direction is on the first few only.
             self._wrap(direction.lora_config(direction.factors))
-            set_peft_model_state_dict(self._peft, direction.state_dict())
+            tuner.put(self.peft_model, direction.state_dict())
         else:
             direction.check_fits(self.model)
         self.direction = direction
@@ -215,8 +215,7 @@ class Valve:
         return valve
 
     def _wrap(self, config: LoraConfig) -> None:
-        # The adapters keep the base's dtype for sampling; train.py casts them to fp32.
-        self._peft = get_peft_model(self.model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        self._peft = tuner.wrap(self.model, config)
         # DoRA can be trained (at alpha 1, where nothing is scaled) but has no dial.
         self.dial = None if config.use_dora else Dial(self.model)
 
@@ -266,7 +265,7 @@ class Valve:
             direction.check_fits(self.model, unwrapped=True)
         if isinstance(before, Direction) and isinstance(direction, Direction) and before.alike(direction):
             direction.card.compare(self.name, self.base_sha256)
-            set_peft_model_state_dict(self.peft_model, direction.state_dict())
+            tuner.put(self.peft_model, direction.state_dict())
             self.direction, self.calibration = direction, None
             return True
         self._move(0.0)

@@ -19,7 +19,7 @@ ORDER = """
     problems.aime problems.asdiv problems.gsm8k problems.math500 problems.jsonl problems.prm12k problems.unseen problems
     prompts
     checkpoints templates adapters weights card direction vocabularies taskvector mover extraction
-    inlets valve fusing
+    inlets tuner valve fusing
     engines engines.sampling engines.slots engines.replaced engines.kernels engines.norms engines.tiles engines.between_tiles engines.gated engines.thin engines.branch engines.rotation engines.attend engines.draw engines.between engines.joined engines.layers engines.batch engines.generate
     engines.transformers engines.replicas engines.live
     engines.vllm_adapters engines.vllm_support engines.vllm_dial engines.vllm

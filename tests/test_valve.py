@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cotvalve import Valve
 from cotvalve.adapters import Factor
@@ -24,6 +24,7 @@ from cotvalve.mover import Mover
 from cotvalve.prompts import PROMPTS, render
 from cotvalve.taskvector import TaskVector
 from cotvalve.valve import ADAPTER, Dial
+from cotvalve.weights import Anatomy
 from tests import models
 
 CARD = Card("base", "shorter", "valve")
@@ -894,3 +895,28 @@ def test_a_captured_graph_reads_the_factors_as_they_are(monkeypatch: pytest.Monk
     rank = len(inlet.layers[0].lora_A[ADAPTER].weight)
     assert torch.equal(inlet.down[:rank], 2 * before[:rank])
     assert torch.equal(inlet.down[rank:], before[rank:])
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe", "laguna"])
+def test_a_direction_on_shared_experts_is_put_on_those_modules(kind: str) -> None:
+    """PEFT converts adapters of transformers 4 by the names of their modules: that moved these to the stacked experts, or lost them."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=models.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    names = [name for name in Anatomy.of(model).linears if name.endswith(("shared_experts.gate_proj", "layers.0.mlp.up_proj", "q_proj"))]
+    shapes = [model.get_parameter(f"{name}.weight").shape for name in names]
+    found = Direction({n: Factor(torch.randn(2, wide), torch.randn(high, 2), 2) for n, (high, wide) in zip(names, shapes, strict=True)}, CARD)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, factor in found.factors.items():
+            moved.get_parameter(f"{name}.weight").add_(0.5 * factor.delta())
+    turned = Valve(model, models.tokenizer(), found)
+    assert set(turned.dial.layers) == set(names)
+    torch.testing.assert_close(at(turned, 0.5), models.logits(moved), **SAME)
+    torch.testing.assert_close(models.logits(turned.fuse(0.5)), models.logits(moved), **SAME)
+    assert turned.turn_to(-1 * found)
+    torch.testing.assert_close(at(turned, -0.5), models.logits(moved), **SAME)
