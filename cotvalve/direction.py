@@ -39,6 +39,7 @@ from cotvalve.adapters import (
 from cotvalve.card import CARD, FUSED, Card
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
 from cotvalve.records import read_json, write_text
+from cotvalve.weights import is_bare
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -268,6 +269,8 @@ def check_fits(direction: Direction, model: nn.Module) -> int:
             f"modules of the {what} match; give the direction's own base"
         )
     for name, factor in direction.factors.items():
+        if is_bare(model, name):
+            raise DirectionMismatch(f"{name}: {type(model).__name__} reads its weight without calling it, so the dial could not turn it; leave that module out")
         if linears[name] != factor.shape:
             raise DirectionMismatch(
                 f"{name}: the {what} changes a weight of {list(factor.shape)}, the model's is {list(linears[name])}; "

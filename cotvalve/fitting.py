@@ -11,6 +11,7 @@ from torch import nn
 
 from cotvalve.errors import SettingError
 from cotvalve.settings import Count, NotNegative, Positive, Seed, Settings, Share
+from cotvalve.weights import is_bare
 
 if TYPE_CHECKING:
     from cotvalve.valve import Valve
@@ -85,10 +86,10 @@ class FitSettings(Settings):
 def target_modules(model: nn.Module, which: str) -> list[str]:
     """Name suffixes of the linear layers meant by all, attention, mlp or a list with commas.
 
-    The output head is never among them. Raises SettingError when nothing matches, with the names there are.
+    The output head is never among them, nor what the model reads without calling it. Raises SettingError when nothing matches, with the names there are.
     """
     linear = [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]
-    linear = [name for name in linear if not name.endswith("lm_head")]
+    linear = [name for name in linear if not name.endswith("lm_head") and not is_bare(model, name)]
     if which == "all":
         chosen = linear
     elif which in ("attention", "mlp"):

@@ -32,6 +32,11 @@ _SAMPLE = 64
 """Values of each tensor that a fingerprint reads."""
 _SMALLEST = 2.0**-14
 """fp16's smallest normal number: below it fp16 and bf16 round differently."""
+_BARE = {
+    "jamba": ("dt_proj",), "mamba": ("dt_proj", "out_proj"), "falcon_mamba": ("dt_proj", "out_proj"),
+    "mamba2": ("out_proj",), "falcon_h1": ("out_proj",), "nemotron_h": ("out_proj",),
+}  # fmt: skip
+"""Linear modules by the model's type whose weight the model reads by itself, in every pass or in a kernel: a LoRA there would do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +70,14 @@ class Anatomy:
             for module, name in names.items()
             # Llama 4's router is a Linear that gives more than W x: no LoRA can be added to that.
             if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-            and module is not output and ".lora_" not in name
+            and module is not output and ".lora_" not in name and not is_bare(model, name)
         )
         return cls(shapes, tied, linears, tuple(f"{names[module]}.weight" for module in ends))
+
+
+def is_bare(model: nn.Module, name: str) -> bool:
+    """Whether the model takes the weight of its linear module `name` without calling that, so that no LoRA could act on it."""
+    return name.removesuffix(".base_layer").rpartition(".")[2] in _BARE.get(getattr(getattr(model, "config", None), "model_type", ""), ())
 
 
 class Weights(Protocol):

@@ -7,13 +7,16 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from cotvalve import Valve
+from cotvalve.adapters import Factor
 from cotvalve.direction import Direction, check_fits
-from cotvalve.errors import DataError, SettingError
+from cotvalve.errors import DataError, DirectionMismatch, SettingError
 from cotvalve.extraction import extract, low_rank
+from cotvalve.fitting import target_modules
 from cotvalve.taskvector import TaskVector
+from cotvalve.weights import Anatomy
 from tests import models
 from tests.test_taskvector import EMBEDDINGS, HEAD, Make, pair
 
@@ -216,3 +219,28 @@ def test_large_matrices_keep_almost_the_optimum() -> None:
     again = low_rank(delta, 16)
     assert torch.equal(A, again[0])
     assert not torch.equal(A, low_rank(delta, 16, seed=1)[0])
+
+
+@pytest.mark.parametrize(("kind", "bare"), [("jamba", ["dt_proj"]), ("mamba", ["dt_proj", "out_proj"])])
+def test_a_layer_whose_weight_the_model_reads_by_itself_gets_no_factors(kind: str, bare: list[str]) -> None:
+    """Mamba multiplies with dt_proj.weight: a LoRA there turned nothing. On its out_proj PEFT ended in a traceback."""
+    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes, time_step_rank=4, mamba_dt_rank=4, num_experts=2, attn_layer_period=2, attn_layer_offset=1, pad_token_id=0)
+    base = models._filled(AutoModelForCausalLM.from_config(config).float(), 0)  # pyright: ignore[reportPrivateUsage]
+    reasoner = models.moved(base)
+    with torch.no_grad():
+        for name in Anatomy.of(base).shapes:
+            if name.removesuffix(".weight") not in Anatomy.of(base).linears:
+                reasoner.get_parameter(name).copy_(base.get_parameter(name))
+    expected = models.logits(reasoner)
+    found = extract(base, reasoner, rank=64).direction
+    assert isinstance(found, Direction)
+    assert not [name for name in found.factors if name.endswith(tuple(bare))]
+    with Valve(base, models.tokenizer(), found).at(1.0) as model:
+        torch.testing.assert_close(models.logits(model), expected, rtol=0, atol=1e-3)
+    module = next(name for name, _ in base.named_modules() if name.endswith(f".{bare[-1]}"))
+    wide = base.get_submodule(module)
+    other = Direction({module: Factor(torch.ones(1, wide.in_features), torch.ones(wide.out_features, 1), 1)}, found.card)  # pyright: ignore
+    with pytest.raises(DirectionMismatch, match=rf"{bare[-1]}: .* reads its weight without calling it"):
+        check_fits(other, base)
+    assert not {*bare} & {*target_modules(base, "all")}
