@@ -191,7 +191,7 @@ def _device() -> torch.device:
 
 def _square(tensor: Tensor) -> float:
     """The squared Frobenius norm; blocks of rows, so that an embedding is not copied whole."""
-    blocks = tensor.reshape(tensor.shape[0], -1).split(_BLOCK_ROWS)
+    blocks = tensor.reshape(len(tensor) if tensor.ndim else 1, -1).split(_BLOCK_ROWS)
     return sum(float(block.square().sum(1).double().sum()) for block in blocks)
 
 

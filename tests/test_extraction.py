@@ -100,7 +100,7 @@ def test_modules_are_chosen_by_ending_and_reach_no_other(tmp_path: Path) -> None
         "model.layers.1.mlp.up_proj",
         "model.layers.1.self_attn.q_proj",
     ]
-    assert found.left_out["other"] > 0
+    assert found.energy + sum(found.left_out.values()) <= 1
     # PEFT puts a LoRA on all that the folder names.
     for number, some in enumerate((found, extract(base, reasoner, rank=2, modules=["layers.0.mlp.up_proj"]))):
         assert isinstance(some.direction, Direction)
@@ -244,3 +244,12 @@ def test_a_layer_whose_weight_the_model_reads_by_itself_gets_no_factors(kind: st
     with pytest.raises(DirectionMismatch, match=rf"{bare[-1]}: .* reads its weight without calling it"):
         check_fits(other, base)
     assert not {*bare} & {*target_modules(base, "all")}
+
+
+def test_a_tensor_without_dimensions_counts_as_any_other() -> None:
+    """Apertus has single numbers in its activations: they were an IndexError."""
+    config = AutoConfig.for_model("apertus", vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0)
+    base = models._filled(AutoModelForCausalLM.from_config(config).float(), 0)  # pyright: ignore[reportPrivateUsage]
+    assert any(shape == () for shape in Anatomy.of(base).shapes.values())
+    found = extract(base, models.moved(base), rank=2)
+    assert found.energy + sum(found.left_out.values()) <= 1
