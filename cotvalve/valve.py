@@ -99,7 +99,9 @@ class Dial:
         alpha = self.shaped(out)
         # alpha stays fp32 (bf16 has 3 digits); where() too, because 0 * NaN is NaN and alpha 0 promises the base model.
         turned = out if torch.is_grad_enabled() else out * alpha
-        return torch.where(self._closed.reshape(alpha.shape), 0.0, turned)
+        closed = self._closed.reshape(alpha.shape)
+        # A learned alpha has its slope at 0 too.
+        return torch.where(closed & ~turned.isfinite() if alpha.requires_grad else closed, 0.0, turned)
 
     def shaped(self, out: Tensor) -> Tensor:
         """alpha in the shape that multiplies `out`; EngineError where rows or tokens cannot be told apart."""
@@ -291,9 +293,7 @@ class Valve:
             if not alpha.isfinite().all():
                 raise SettingError(f"alpha is {alpha.tolist()}; expected finite numbers")
         if self.adapted and self.dial is None:
-            raise DirectionMismatch(
-                "a DoRA adapter in training has no dial; save it and load the folder: it becomes an exact weight difference"
-            )
+            raise DirectionMismatch("a DoRA adapter in training has no dial; save it and load the folder: it becomes an exact weight difference")
         if self.dial is not None:
             if any(getattr(layer, "merged", False) for layer in self.dial.layers.values()):
                 raise DirectionMismatch("the adapter was merged into the base weights; the dial cannot turn it any more")

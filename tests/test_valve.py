@@ -920,3 +920,32 @@ def test_a_direction_on_shared_experts_is_put_on_those_modules(kind: str) -> Non
     torch.testing.assert_close(models.logits(turned.fuse(0.5)), models.logits(moved), **SAME)
     assert turned.turn_to(-1 * found)
     torch.testing.assert_close(at(turned, -0.5), models.logits(moved), **SAME)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, [0.0, 0.7]])
+def test_an_alpha_that_is_learned_has_its_slope_at_0_too(alpha: float | list[float]) -> None:
+    """It was 0 there, so that an alpha that began at the base stayed there."""
+    turned = valve()
+    learned = torch.tensor(alpha, requires_grad=True)
+    with turned.at(learned) as model:
+        ids = torch.arange(14).view(2, 7)
+        model(input_ids=ids, labels=ids).loss.backward()
+    step = 1e-3
+    for place in range(learned.numel()):
+        ends = []
+        for way in (step, -step):
+            shifted = learned.detach().clone()
+            shifted.view(-1)[place] += way
+            with turned.at(shifted) as model, torch.no_grad():
+                ends.append(float(model(input_ids=ids, labels=ids).loss))
+        # fp32 losses of about 6 differ by less than 1e-6 from the exact ones, and a slope by 1e-3 of that.
+        assert learned.grad is not None
+        assert float(learned.grad.view(-1)[place]) == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=5e-3)
+
+
+def test_a_broken_direction_does_not_leak_through_a_learned_alpha() -> None:
+    turned = valve()
+    with torch.no_grad():
+        next(iter(turned.dial.layers.values())).lora_A[ADAPTER].weight.fill_(float("nan"))
+    with turned.at(torch.tensor(0.0, requires_grad=True)) as model:
+        assert torch.equal(model(input_ids=torch.arange(14).view(2, 7)).logits, turned.model(input_ids=torch.arange(14).view(2, 7)).logits)
