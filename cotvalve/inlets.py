@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from cotvalve.errors import SettingError
 
 ADAPTER = "default"
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -35,6 +37,21 @@ FEW = 4096
 def weight(side: nn.Module) -> Tensor:
     """The weight of A or B, found without the detours that cost a small model's step a tenth of its time."""
     return side._parameters["weight"]  # pyright: ignore
+
+
+def positions(alpha: Any) -> Tensor:
+    """`alpha` as a tensor: a number, one per row [B] or one per token [B, T]; SettingError for anything else."""
+    made = alpha
+    if not isinstance(alpha, Tensor):
+        try:
+            made = torch.tensor(alpha, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise SettingError(f"alpha is {alpha!r}; expected a number, or one per row or token") from None
+        if not made.isfinite().all():
+            raise SettingError(f"alpha is {made.tolist()}; expected finite numbers")
+    if made.ndim > 2 or made.is_complex() or not made.numel():
+        raise SettingError(f"alpha has the shape {list(made.shape)} and is {made.dtype}; expected a number, one per row [B] or one per token [B, T]")
+    return made
 
 
 class Inlet:

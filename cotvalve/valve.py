@@ -31,7 +31,7 @@ from cotvalve import checkpoints, templates, tuner
 from cotvalve.card import BASE_SHA256, DIRECTION_SHA256, Card
 from cotvalve.direction import Direction, check_fits, load_direction, refuse_adapted
 from cotvalve.errors import DirectionMismatch, EngineError, SettingError
-from cotvalve.inlets import ADAPTER, Inlets, Parts, weight
+from cotvalve.inlets import ADAPTER, Inlets, Parts, positions, weight
 from cotvalve.mover import Mover
 from cotvalve.taskvector import TaskVector
 from cotvalve.types import Completion
@@ -288,10 +288,7 @@ class Valve:
 
         Nested use and exceptions restore bit for bit. Without a direction only alpha 0 is a position.
         """
-        if not isinstance(alpha, Tensor):
-            alpha = torch.tensor(alpha, dtype=torch.float32)
-            if not alpha.isfinite().all():
-                raise SettingError(f"alpha is {alpha.tolist()}; expected finite numbers")
+        alpha = positions(alpha)
         if self.adapted and self.dial is None:
             raise DirectionMismatch("a DoRA adapter in training has no dial; save it and load the folder: it becomes an exact weight difference")
         if self.dial is not None:
@@ -300,10 +297,10 @@ class Valve:
             with self.dial.at(alpha):
                 yield self.model
             return
-        positions = alpha.float().unique()
-        if positions.numel() != 1:
+        found = alpha.float().unique()
+        if found.numel() != 1:
             raise EngineError("an exact task vector moves all weights: one alpha per batch; extract it with a rank to mix alphas")
-        position, before = float(positions), self._moved
+        position, before = float(found), self._moved
         try:
             self._move(position)
             yield self.model

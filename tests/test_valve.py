@@ -949,3 +949,12 @@ def test_a_broken_direction_does_not_leak_through_a_learned_alpha() -> None:
         next(iter(turned.dial.layers.values())).lora_A[ADAPTER].weight.fill_(float("nan"))
     with turned.at(torch.tensor(0.0, requires_grad=True)) as model:
         assert torch.equal(model(input_ids=torch.arange(14).view(2, 7)).logits, turned.model(input_ids=torch.arange(14).view(2, 7)).logits)
+
+
+@pytest.mark.parametrize(
+    "alpha", [None, "half", {0: 1}, [[0.1], [0.2, 0.3]], torch.full((2, 7, 1), 0.5), [], torch.ones(2, dtype=torch.complex64)], ids=str
+)
+def test_what_is_no_alpha_is_told_in_one_line(alpha: object) -> None:
+    """They were errors of torch, or of unpacking a shape."""
+    with pytest.raises(SettingError, match=r"^alpha .*expected a number"), valve().at(alpha):  # pyright: ignore[reportArgumentType]
+        pass
