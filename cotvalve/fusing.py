@@ -20,6 +20,10 @@ def fuse(valve: Valve, alpha: float) -> PreTrainedModel:
 
     Raises EngineError for a quantized model, SettingError for an alpha that is no finite number.
     """
+    try:
+        alpha = float(alpha)  # of numpy or torch it could not be written into a config
+    except (TypeError, ValueError):
+        raise SettingError(f"alpha is {alpha!r}; expected one number") from None
     if not torch.tensor(alpha, dtype=torch.float32).isfinite():  # 1e39 is infinite there
         raise SettingError(f"alpha {alpha} is not a finite number")
     if getattr(valve.model.config, "quantization_config", None) is not None:

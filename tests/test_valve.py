@@ -958,3 +958,14 @@ def test_what_is_no_alpha_is_told_in_one_line(alpha: object) -> None:
     """They were errors of torch, or of unpacking a shape."""
     with pytest.raises(SettingError, match=r"^alpha .*expected a number"), valve().at(alpha):  # pyright: ignore[reportArgumentType]
         pass
+
+
+@pytest.mark.parametrize("alpha", [np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])])
+def test_a_model_fused_at_a_number_of_another_library_can_be_saved(tmp_path: Path, alpha: float) -> None:
+    """config.json takes Python's numbers only: save_pretrained ended in a TypeError."""
+    fused = valve().fuse(alpha)
+    fused.save_pretrained(tmp_path)
+    with pytest.raises(DirectionMismatch, match=r"fused at alpha 0\.5"):
+        Valve(AutoModelForCausalLM.from_pretrained(tmp_path), models.tokenizer(), direction())
+    with pytest.raises(SettingError, match="alpha is None; expected one number"):
+        valve().fuse(None)  # pyright: ignore[reportArgumentType]
