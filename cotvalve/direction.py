@@ -223,7 +223,8 @@ class Direction:
             "inference_mode": True,
             "target_modules": list(self.targets),
         }
-        checkpoints.write_tensors(folder / FACTORS, state)
+        # Copies: modules may share one A, which safetensors does not write.
+        checkpoints.write_tensors(folder / FACTORS, {name: tensor.clone() for name, tensor in state.items()})
         write_text(folder / CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         self.card.write(folder / CARD, "lora")
         return folder

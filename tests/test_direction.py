@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cotvalve.adapters import Factor, endings
 from cotvalve.direction import Card, Direction, check_fits, load_direction
+from cotvalve.engines.vllm_adapters import write_direction
 from cotvalve.errors import DirectionMismatch, SettingError
 from tests import models
 
@@ -189,6 +190,17 @@ def test_round_trip_is_exact_to_the_byte(tmp_path: Path) -> None:
     assert repr(config["lora_alpha"]) == "7", "not 7.0: some readers take integers only"
     for file in ("adapter_config.json", "adapter_model.safetensors", "direction.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_modules_may_share_a_factor(tmp_path: Path) -> None:
+    """safetensors does not write one piece of memory under two names: saving was its RuntimeError."""
+    shared = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    names = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
+    d = Direction({name: Factor(shared, 1.0 + torch.arange(64.0).view(32, 2), 4) for name in names}, CARD)
+    again = Direction.load(d.save(tmp_path / "direction"))
+    assert all(torch.equal(again.factors[name].A, shared) for name in names)
+    assert again.sha256() == d.sha256()
+    write_direction(d, tmp_path / "vllm")
 
 
 def test_peft_s_own_folder_is_read(tmp_path: Path) -> None:

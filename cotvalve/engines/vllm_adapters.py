@@ -38,7 +38,7 @@ def write_direction(direction: Direction, folder: Path) -> str:
     state: dict[str, Tensor] = {}
     for name, factor in direction.factors.items():
         # vLLM reads one rank and one lora_alpha for all modules and would pass over PEFT's patterns in silence.
-        state[f"{PREFIX}{name}.lora_A.weight"] = factor.A.float().contiguous()
+        state[f"{PREFIX}{name}.lora_A.weight"] = factor.A.to(torch.float32, copy=True).contiguous()  # modules may share one A
         state[f"{PREFIX}{name}.lora_B.weight"] = (factor.scale * factor.B.float()).contiguous()
     return _write(folder, state, direction, 1.0)
 
