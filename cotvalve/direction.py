@@ -109,6 +109,8 @@ class Direction:
     __rmul__ = __mul__
 
     def __truediv__(self, by: float) -> Direction:
+        if by == 0:
+            raise SettingError("a direction was divided by 0; expected another number")
         return self * (1 / by)
 
     def __neg__(self) -> Direction:

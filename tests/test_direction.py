@@ -139,6 +139,11 @@ def test_multiplier_must_be_finite(by: float) -> None:
         _ = by * direction()
 
 
+def test_divisor_must_not_be_0() -> None:
+    with pytest.raises(SettingError, match="a direction was divided by 0"):
+        _ = direction() / 0
+
+
 def test_sum_of_different_bases_names_the_module() -> None:
     wide = models.lora(models.qwen2(hidden=64))
     other = Direction.from_peft(wide.peft_config["default"], _factors(wide), CARD)
