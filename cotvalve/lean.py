@@ -25,6 +25,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch.nn.attention import varlen
 from transformers import AttentionInterface, PreTrainedModel
 
+from cotvalve.errors import EngineError
 from cotvalve.valve import ADAPTER, Valve
 
 FLAT = "cotvalve_flat"
@@ -44,6 +45,22 @@ class Position:
         """LoRA layers that stay PEFT's, and are turned by the dial."""
         self.alpha = torch.zeros(1, 1, 1, device=valve.model.device)
         self.closed = self.alpha == 0
+        self.one: Tensor | None = None
+        """The alpha of all rows, once a layer asked for it that folds rows into one another."""
+
+    def shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha, and where it is 0, in the shape that multiplies `x`; EngineError where several cannot be told apart."""
+        if x.ndim == 3:
+            return self.alpha, self.closed
+        if self.one is None:
+            self.one = self.alpha.unique()
+        if self.one.numel() > 1:
+            raise EngineError(
+                f"a layer got shape {tuple(x.shape)}: chains at several alphas cannot be told apart in {type(self.valve.model).__name__}; "
+                "train the recipe valve or progressive, which have one alpha"
+            )
+        one = self.one.reshape((1,) * x.ndim)
+        return one, one == 0
 
     def interpret(self) -> None:
         """Leaves compiled layers for the layers as they are written."""
@@ -57,15 +74,16 @@ class Position:
         before = self.alpha, self.closed
         self.alpha = alpha.float()[:, None, None] if alpha.ndim == 1 else alpha.float()[..., None]
         # where() and not only the product: 0 * NaN is NaN, and alpha 0 promises the base model
-        self.closed = self.alpha == 0
+        self.closed, self.one = self.alpha == 0, None
         for one in (self.alpha, self.closed):
             for dimension in (0, 1):
                 maybe_mark_dynamic(one, dimension)
         try:
-            with self.valve.at(alpha) if self.others else nullcontext():
+            with self.valve.at(found if len(found := alpha.unique()) == 1 else alpha) if self.others else nullcontext():
                 yield
         finally:
             self.alpha, self.closed = before
+            self.one = None
 
 
 class Product(torch.autograd.Function):
@@ -80,7 +98,7 @@ class Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: Tensor, closed: Tensor, s: float
     ) -> Tensor:
-        """x [B, T, in], A [r, in], B [out, r], alpha and closed [B | 1, T | 1, 1]."""
+        """x [B, T, in], A [r, in], B [out, r], alpha and closed [B | 1, T | 1, 1]; x of other dimensions has one alpha."""
         down, up = a.to(x.dtype), (b * s).to(x.dtype)
         if x.is_cuda and len(a) % 8:  # 16-bit products want rows of 16 bytes
             down, up = nn.functional.pad(down, (0, 0, 0, -len(a) % 8)), nn.functional.pad(up, (0, -len(a) % 8))
@@ -120,7 +138,7 @@ class LeanLinear(LoraLinear):
     def forward(self, x: Tensor, *_args: Any, **_named: Any) -> Tensor:
         base: Any = self.base_layer
         a, b = (side[ADAPTER].get_parameter("weight") for side in (self.lora_A, self.lora_B))
-        alpha, closed = self.position.alpha, self.position.closed
+        alpha, closed = self.position.shaped(x)
         s: float = self.scaling[ADAPTER]
         # Also where the layers are compiled: faster on an H100 than leaving the sums to the compiler (docs/performance.md).
         return Product.apply(x, base.weight, base.bias, a, b, alpha, closed, s)  # pyright: ignore[reportReturnType]

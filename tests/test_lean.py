@@ -12,13 +12,13 @@ import pytest
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, OPTConfig, OPTForCausalLM
 
 from cotvalve import Valve
 from cotvalve import lean as module
 from cotvalve.batches import IGNORED, collate, collate_flat, encode, pack, portions
 from cotvalve.direction import Card, Direction
-from cotvalve.errors import SettingError
+from cotvalve.errors import EngineError, SettingError
 from cotvalve.fitting import FitSettings
 from cotvalve.headloss import compiled, loss_and_slope
 from cotvalve.lean import LeanLinear, Position, can_lie_flat, lean, tells_rows_apart
@@ -152,6 +152,33 @@ def test_what_is_more_than_a_plain_lora_stays_peft_s() -> None:
         assert type(first) is type(second) is LoraLinear
         assert sum(isinstance(layer, LeanLinear) for layer in valve.model.modules()) == len(valve.dial.layers) - 2
     assert not any(isinstance(layer, LeanLinear) for layer in valve.model.modules())
+
+
+def folding(**_how: object) -> models.PreTrainedModel:
+    """An OPT: its feed-forward layers see the rows of a batch as one."""
+    config = OPTConfig(
+        vocab_size=models.VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=512, dropout=0.0, pad_token_id=256,
+    )  # fmt: skip
+    return models._filled(OPTForCausalLM(config), 0)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("alpha", [1.0, 0.0, 0.37])
+def test_layers_that_fold_rows_learn_at_one_alpha_and_refuse_several(alpha: float, dropout: bool) -> None:
+    """An alpha for each row of them was a RuntimeError about shapes, though they all were 1."""
+    valve, batch = turned(folding, targets=["q_proj", "fc1", "fc2"]), collate(rows())
+    own = batch.pop("alpha")
+    peft = learn(valve, {**batch, "alpha": torch.tensor(alpha)})
+    assert valve.dial is not None
+    if dropout:  # of nothing, but PEFT's own layers
+        for layer in valve.dial.layers.values():
+            layer.lora_dropout[ADAPTER] = nn.Dropout(0.0)
+    with lean(valve) as position:
+        same(learn(valve, {**batch, "alpha": own}, alpha, position), peft, 3e-6)  # a ReLU's small gradients are sums of larger ones
+        with pytest.raises(EngineError, match="cannot be told apart"):
+            learn(valve, {**batch, "alpha": own}, position=position)
+        same(learn(valve, {**batch, "alpha": own}, alpha, position), peft, 3e-6)
 
 
 def test_everything_is_undone_after_an_error() -> None:
