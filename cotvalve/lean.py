@@ -52,14 +52,16 @@ class Position:
         """alpha, and where it is 0, in the shape that multiplies `x`; EngineError where several cannot be told apart."""
         if x.ndim == 3:
             return self.alpha, self.closed
-        if self.one is None:
-            self.one = self.alpha.unique()
-        if self.one.numel() > 1:
+        if x.ndim > 3 and len(x) == len(self.alpha) and self.alpha.shape[1] == 1:  # heads apart, or a latent
+            shape = (len(x),) + (1,) * (x.ndim - 1)
+            return self.alpha.reshape(shape), self.closed.reshape(shape)
+        one = self.one = self.alpha.unique() if self.one is None else self.one
+        if one.numel() > 1:
             raise EngineError(
                 f"a layer got shape {tuple(x.shape)}: chains at several alphas cannot be told apart in {type(self.valve.model).__name__}; "
                 "train the recipe valve or progressive, which have one alpha"
             )
-        one = self.one.reshape((1,) * x.ndim)
+        one = one.reshape((1,) * x.ndim)
         return one, one == 0
 
     def interpret(self) -> None:

@@ -181,6 +181,18 @@ def test_layers_that_fold_rows_learn_at_one_alpha_and_refuse_several(alpha: floa
         same(learn(valve, {**batch, "alpha": own}, alpha, position), peft, 3e-6)
 
 
+def test_layers_that_see_heads_apart_have_an_alpha_for_each_row() -> None:
+    """[B, 1, 1] was spread over [B, heads, T, r] from behind: over the heads, where there are as many as rows."""
+    valve = turned()
+    assert valve.dial is not None
+    layer, x = next(iter(valve.dial.layers.values())), torch.randn(2, 2, 5, 32)
+    for alpha in (torch.tensor([0.3, 1.0]), torch.tensor([0.0, -1.0])):
+        with valve.at(alpha):
+            expected = layer(x)
+        with lean(valve) as position, position.at(alpha):
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+
+
 def test_everything_is_undone_after_an_error() -> None:
     valve = turned()
     with pytest.raises(KeyboardInterrupt), lean(valve, compiled=True, flat=True):
