@@ -1,5 +1,6 @@
 """Engines: requests in, completions out; the same chains whatever shares the batch, and the sampler itself."""
 
+import copy
 import math
 import os
 import random
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cotvalve import Valve, checkpoints
@@ -1315,3 +1316,22 @@ def test_gated_layers_give_the_same_chains(monkeypatch: pytest.MonkeyPatch, only
     assert {tile.columns for tile in tiles} == {max(tile.columns for tile in gated.TILES)}
     assert calls > 20
     assert not any("forward" in vars(m) for name, m in turned.model.named_modules() if name.endswith("mlp"))
+
+
+@pytest.mark.parametrize("name", ["auto", "generate"])
+def test_a_model_that_folds_rows_runs_one_alpha_after_the_other(name: str) -> None:
+    """OPT's feed-forward layers see a batch as one row of tokens: no alpha but 0 could be asked for, by any engine."""
+    config = OPTConfig(
+        vocab_size=models.VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=512, pad_token_id=256,
+    )  # fmt: skip
+    make = cache(lambda: models._filled(OPTForCausalLM(config), 0))  # pyright: ignore[reportPrivateUsage]
+    wrapped = models.lora(copy.deepcopy(make()), targets=["q_proj", "fc1", "fc2"], by=0.6)
+    factors = {key.replace(".default", ""): weight for key, weight in wrapped.named_parameters() if "lora_" in key}
+    on = Valve(copy.deepcopy(make()), models.tokenizer(), Direction.from_peft(wrapped.peft_config["default"], factors, Card("base")))
+    asked = [Request(f"{i}", "ab"[i % 2] * (i + 1), alpha, 6) for i, alpha in enumerate((0.0, 0.5, 1.0, 0.5, 0.0, 1.0))]
+    together = run(pick(name, on, 16), asked)
+    for request in asked:
+        plain = Valve(on.fuse(request.alpha), models.tokenizer())
+        assert together[request.id].text == run(GenerateEngine(plain), [replace(request, alpha=0.0)])[request.id].text
+    assert len({together[request.id].text for request in asked}) > 2

@@ -55,7 +55,7 @@ def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, 
     a GPU, for WORTH_VLLM tokens of chains so long that fewer than FEW_SLOTS of them fit the memory, or of a model that
     our slots do not take. `gpus` share each layer in vLLM; elsewhere each holds a copy of the model and some of the requests.
     """
-    from cotvalve.engines.generate import GenerateEngine
+    from cotvalve.engines.generate import GenerateEngine, folds_rows
     from cotvalve.engines.transformers import TransformersEngine, unsupported
 
     if name not in NAMES:
@@ -71,7 +71,7 @@ def pick(name: str, valve: "Valve", batch: int | None = None, *, work: int = 0, 
             from cotvalve.engines.vllm import Options, VllmEngine
 
             return VllmEngine(valve, options=Options(batch=batch, tensor_parallel=gpus))
-    if name == "generate" or (name == "auto" and unsupported(valve.model)):
+    if name == "generate" or (name == "auto" and (unsupported(valve.model) or folds_rows(valve))):
         return GenerateEngine(valve, batch=batch)
     return TransformersEngine(valve, batch=batch)
 

@@ -1,6 +1,7 @@
 """The plain engine: `model.generate` on left-padded batches, one alpha per row.
 
-Runs any architecture transformers can generate with. Rows of a batch wait for the longest one.
+Runs any architecture transformers can generate with. Rows of a batch wait for the longest one. Where the model's layers
+fold rows into one another (shared experts, OPT) a batch has one alpha.
 """
 
 import time
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cotvalve.engines.sampling import Codec, Encoded, sample, uniforms
+from cotvalve.errors import EngineError
 from cotvalve.types import Completion, Progress, Request, silent
 
 if TYPE_CHECKING:
@@ -39,12 +41,13 @@ class GenerateEngine:
         yield from refused
         if encoded:
             progress("sample", done, total, f"engine {self.name}")
+        mixes = self.valve.rows and (len({e.request.alpha for e in encoded}) == 1 or not folds_rows(self.valve))
         # Rows of like length and budget share a batch; with an exact task vector, rows of one alpha.
-        encoded.sort(key=lambda e: (0.0 if self.valve.rows else e.request.alpha, e.room, len(e.ids)))
+        encoded.sort(key=lambda e: (0.0 if mixes else e.request.alpha, e.room, len(e.ids)))
         start = 0
         while start < len(encoded):
             batch = encoded[start : start + self.batch]
-            if not self.valve.rows:
+            if not mixes:
                 batch = [e for e in batch if e.request.alpha == batch[0].request.alpha]
             # Prompts are padded to the longest: one with less room may not be written past the context's end.
             while len(batch) > 1 and max(len(e.ids) for e in batch) + max(e.room for e in batch) > self._codec.context:
@@ -84,6 +87,18 @@ class GenerateEngine:
             if token in self._codec.stops:
                 return ids[: i + 1]
         return ids[:room]
+
+
+def folds_rows(valve: "Valve") -> bool:
+    """Whether layers of the model see the rows of a batch as one, so that they cannot have an alpha each: tried on two short rows."""
+    if not valve.rows:
+        return False
+    try:
+        with torch.inference_mode(), valve.at([0.0, 1.0]):
+            valve.model(input_ids=torch.zeros(2, 2, dtype=torch.long, device=valve.model.device), use_cache=False)
+    except EngineError:
+        return True
+    return False
 
 
 class _Draw(LogitsProcessor):
