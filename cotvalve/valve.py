@@ -114,7 +114,7 @@ class Dial:
         if out.ndim != 3 or out.shape[0] != rows or tokens not in (1, out.shape[1]):
             raise EngineError(
                 f"the dial is set for {rows} rows{f' of {tokens} tokens' if tokens > 1 else ''} but a layer got shape "
-                f"{tuple(out.shape)}: rows cannot be told apart there; use one alpha for the whole batch (engine generate)"
+                f"{tuple(out.shape)}: rows cannot be told apart there; use one alpha for the whole batch (engine generate), or one for each beam"
             )
         return self.alpha
 
@@ -286,7 +286,9 @@ class Valve:
     def at(self, alpha: float | Sequence[float] | Tensor) -> Generator[PreTrainedModel]:
         """The transformers model at one position, or at one per row [B] or token [B, T]; restored on leaving.
 
-        Nested use and exceptions restore bit for bit. Without a direction only alpha 0 is a position.
+        Nested use and exceptions restore bit for bit. Without a direction only alpha 0 is a position. Rows are those that the model
+        sees: beams and returned sequences are n of them for each prompt (`alpha.repeat_interleave(n)`). With gradient checkpointing
+        the backward pass belongs inside too, as it runs the layers again. `fuse` makes a model that can be saved; this one has a LoRA in it.
         """
         alpha = positions(alpha)
         if self.adapted and self.dial is None:

@@ -969,3 +969,18 @@ def test_a_model_fused_at_a_number_of_another_library_can_be_saved(tmp_path: Pat
         Valve(AutoModelForCausalLM.from_pretrained(tmp_path), models.tokenizer(), direction())
     with pytest.raises(SettingError, match="alpha is None; expected one number"):
         valve().fuse(None)  # pyright: ignore[reportArgumentType]
+
+
+def test_beams_are_rows() -> None:
+    """transformers repeats a prompt for each of its beams: the alphas of prompts are refused, repeated ones are those of separate runs."""
+    turned, alphas = valve(), torch.tensor([0.3, 1.0])
+    how = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 256}
+    ids = torch.arange(14).view(2, 7)
+    with pytest.raises(EngineError, match="or one for each beam"), turned.at(alphas) as model:
+        model.generate(input_ids=ids, **how)  # pyright: ignore
+    with turned.at(alphas.repeat_interleave(3)) as model:
+        together = model.generate(input_ids=ids, **how)  # pyright: ignore
+    for row, alpha in enumerate(alphas.tolist()):
+        with turned.at(alpha) as model:
+            alone = model.generate(input_ids=ids[row : row + 1], **how)  # pyright: ignore
+        assert torch.equal(together[2 * row : 2 * row + 2], alone)
