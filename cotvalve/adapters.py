@@ -157,7 +157,7 @@ def read_adapter(fields: Mapping[str, Any], state: Mapping[str, Tensor], where: 
         factors[module] = Factor(A, B, _by_pattern(fields.get("alpha_pattern"), module, fields["lora_alpha"]), rslora)
         if "magnitude_vector" in found:
             magnitudes[module] = found["magnitude_vector"]
-    some_layers = fields.get("layers_to_transform") is not None or fields.get("exclude_modules")
+    some_layers = fields.get("layers_to_transform") is not None or fields.get("exclude_modules") or _stops(fields.get("target_modules"), factors)
     targets = tuple(sorted(factors)) if some_layers else endings(factors)
     return Adapter(factors, magnitudes, targets, fields.get("base_model_name_or_path") or "")
 
@@ -224,6 +224,15 @@ def patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The commonest of `values` by module, and PEFT's pattern (a regex of the name) for the modules that differ."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {re.escape(name): value for name, value in values.items() if value != common}
+
+
+def _stops(pattern: Any, modules: Iterable[str]) -> bool:
+    """Whether PEFT's regular expression of module names ends with the layers of `modules`, and would reach no further one."""
+    if not isinstance(pattern, str) or pattern == "all-linear":
+        return False
+    layers = [found for name in modules if (found := _LAYER.fullmatch(name))]
+    further = max((int(found["layer"]) for found in layers), default=0) + 1
+    return any(not re.fullmatch(pattern, f"{found['stem']}.{further}.{found['rest']}") for found in layers)
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -248,6 +248,14 @@ def test_a_direction_on_some_layers_reaches_no_other(tmp_path: Path) -> None:
     assert sum("lora_A" in name for name, _ in again.named_parameters()) == 1
 
 
+def test_a_direction_on_the_first_layers_by_a_pattern_reaches_no_other(tmp_path: Path) -> None:
+    """The ending q_proj stood for layer 0 alone, and put empty factors on layer 1 as well."""
+    d = direction(targets=r"model\.layers\.0\..*\.(q|up)_proj")
+    assert d.targets == ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj")
+    again = PeftModel.from_pretrained(models.qwen2(), d.save(tmp_path))
+    assert sum("lora_A" in name for name, _ in again.named_parameters()) == 2
+
+
 def test_endings_keep_whole_names_where_layers_differ() -> None:
     assert endings(["m.layers.0.q", "m.layers.1.q", "m.layers.0.v", "m.layers.1.v"]) == ("q", "v")
     assert endings(["m.layers.0.q", "m.layers.2.q"]) == ("m.layers.0.q", "m.layers.2.q")
