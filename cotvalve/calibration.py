@@ -150,7 +150,7 @@ class Calibration:
                 "ask inside that range, or calibrate over more alphas"
             )
         alphas, logs = self._knots()
-        target = min(max(math.log(wanted), min(logs)), max(logs))
+        target = min(max(math.log(max(wanted, reach.low)), min(logs)), max(logs))
         return min(_crossings(alphas, logs, target), key=abs)
 
     # What is safe

@@ -141,6 +141,12 @@ def test_the_ends_can_be_asked_for_as_they_are_shown(shorter: Calibration) -> No
         shorter.alpha(shorter=round(1 - end / shorter.tokens(0.0), 3))
 
 
+def test_a_saving_of_everything_is_the_end_that_it_stands_for() -> None:
+    """Rounded as it is shown, 2 of 8,000 tokens is a saving of 1: the logarithm of no tokens was a ValueError."""
+    made = measure(rows({0.0: 8000, 1.0: 2}))
+    assert made.alpha(shorter=round(1 - made.reach.low / made.tokens(0.0), 3)) == 1.0
+
+
 # What is safe
 
 
