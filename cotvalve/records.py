@@ -230,7 +230,7 @@ class RowStore:
         self._db.close()
 
 
-def _alone(folder: Path) -> int:
+def alone(folder: Path) -> int:
     """Locks `folder`, made if need be, until the file handle that is returned is closed, by whoever kills the process too.
 
     Raises DataError where another process holds it. A file system that cannot lock folders (some NFS) is trusted.
@@ -263,7 +263,7 @@ class Run:
         settings = json.loads(json.dumps(settings))
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{folder}: a file, not a folder; name another --out")
-        self._release = weakref.finalize(self, os.close, _alone(folder))
+        self._release = weakref.finalize(self, os.close, alone(folder))
         try:
             self._open(record, verb, settings, facts or {})
             self.rows = RowStore(folder / "rows.sqlite")

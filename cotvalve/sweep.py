@@ -9,6 +9,7 @@ stand at the start of every direction's curve. Nothing is chosen here; the table
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from cotvalve.engines import pick
 from cotvalve.errors import DataError, SettingError
 from cotvalve.mixchain import Asked, Sampling, requests_for, sample_rows
 from cotvalve.problems import fingerprint, load
-from cotvalve.records import Json, RowStore, Run, read_json, read_parquet, write_json, write_parquet
+from cotvalve.records import Json, RowStore, Run, alone, read_json, read_parquet, write_json, write_parquet
 from cotvalve.report import Example, ReportData, write_report
 from cotvalve.settings import Count
 from cotvalve.statistics import Paired, paired, paired_over_grid, points
@@ -78,6 +79,15 @@ def redo(folder: Path, data_dir: str | None = None) -> Path:
     found = read_json(folder / "run.json")
     if found["verb"] != "sweep":
         raise DataError(f"{folder}: holds a run of '{found['verb']}', not 'sweep'; name a sweep's folder")
+    handle = alone(folder)  # a sweep that is at its end, or another report, writes the same files
+    try:
+        return _again(folder, found, data_dir)
+    finally:
+        os.close(handle)
+
+
+def _again(folder: Path, found: Json, data_dir: str | None) -> Path:
+    """What `redo` does in a folder that nobody else is at work in; `found` is its run.json."""
     # No setting of the run, since the same chains may be reported with another: it stands beside the points.
     said = read_json(folder / POINTS).get("chosen_on", "") if (folder / POINTS).exists() else ""
     settings = SweepSettings.read({**found["settings"], "chosen_on": said, "data_dir": data_dir, "out": str(folder)})

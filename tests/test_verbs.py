@@ -8,7 +8,7 @@ import pytest
 
 from cotvalve import sweep
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
-from cotvalve.records import read_parquet, write_parquet
+from cotvalve.records import Run, read_json, read_parquet, write_parquet
 from cotvalve.valve import Valve
 from cotvalve.verbs import ExtractSettings, FuseSettings, extract, fuse
 
@@ -156,6 +156,19 @@ def test_a_sweep_that_has_not_ended_is_not_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "s" / "points.json").exists()
     sweep.run(settings)
     sweep.redo(tmp_path / "s")
+
+
+def test_a_report_keeps_out_of_a_folder_that_a_sweep_is_at_work_in(tmp_path: Path) -> None:
+    """It wrote the files that the sweep's own end writes: whoever came second found its half of rows.parquet gone, as a FileNotFoundError."""
+    settings = sweep.SweepSettings(
+        model="tiny-reasoner", data="arithmetic", prompt="plain", limit=2, max_new_tokens=4, out=str(tmp_path / "s"),
+    )  # fmt: skip
+    folder = sweep.run(settings).parent
+    found = read_json(folder / "run.json")
+    with Run(folder, "sweep", found["settings"]), pytest.raises(DataError, match="s: another process is at work in it; wait until it is done"):
+        sweep.redo(folder)
+    sweep.redo(folder)
+    sweep.redo(folder)
 
 
 def test_a_file_where_a_folder_belongs_is_told_in_one_line(tmp_path: Path) -> None:
