@@ -279,7 +279,7 @@ class Run:
         if not found and any(folder.iterdir()):
             raise DataError(f"{folder}: not empty and not a run folder; name another --out")
         if found and _holds_work(folder):
-            _refuse_other(folder, found, verb, settings, facts)
+            refuse_other(folder, found, verb, settings, facts)
             self.facts: Json = found["facts"]
         else:
             # A run that failed before its first row (a wrong setting, a full disk) does not keep its folder.
@@ -312,7 +312,7 @@ def _holds_work(folder: Path) -> bool:
         return len(store) > 0
 
 
-def _refuse_other(folder: Path, found: Json, verb: str, settings: Json, facts: Json) -> None:
+def refuse_other(folder: Path, found: Json, verb: str, settings: Json, facts: Json) -> None:
     """Raises DataError when `found` (a folder's run.json) is of another verb, other settings, data or weights."""
     if found["verb"] != verb:
         raise DataError(f"{folder}: holds a run of '{found['verb']}', not '{verb}'; name another --out")

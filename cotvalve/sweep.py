@@ -23,7 +23,17 @@ from cotvalve.engines import pick
 from cotvalve.errors import DataError, SettingError
 from cotvalve.mixchain import Asked, Sampling, requests_for, sample_rows
 from cotvalve.problems import fingerprint, load
-from cotvalve.records import Json, RowStore, Run, alone, read_json, read_parquet, write_json, write_parquet
+from cotvalve.records import (
+    Json,
+    RowStore,
+    Run,
+    alone,
+    read_json,
+    read_parquet,
+    refuse_other,
+    write_json,
+    write_parquet,
+)
 from cotvalve.report import Example, ReportData, write_report
 from cotvalve.settings import Count
 from cotvalve.statistics import Paired, paired, paired_over_grid, points
@@ -93,6 +103,8 @@ def _again(folder: Path, found: Json, data_dir: str | None) -> Path:
     settings = SweepSettings.read({**found["settings"], "chosen_on": said, "data_dir": data_dir, "out": str(folder)})
     rows: dict[tuple[str, str], list[Json]] = {}
     sets = problems_of(settings)
+    # The page shows the questions beside their chains, and the data set says how many chains there have to be.
+    refuse_other(folder, found, "sweep", found["settings"], {"data": _told(sets, settings)})
     asked, directions = [PLAIN, *(other.name for other in baselines_of(settings))], named_directions(settings.direction)
     order = [*((name, system) for name in sets for system in asked), *((name, label) for label in directions for name in sets)]
     if (folder / "rows.sqlite").exists():
@@ -116,6 +128,11 @@ def _chains(settings: SweepSettings, sets: dict[str, list[Problem]]) -> int:
     """How many a finished sweep has: the plain model, each baseline, and each direction at each alpha but 0."""
     positions = 1 + len(baselines_of(settings)) + len(named_directions(settings.direction)) * sum(alpha != 0 for alpha in settings.alphas)
     return positions * settings.samples * sum(map(len, sets.values()))
+
+
+def _told(sets: dict[str, list[Problem]], settings: SweepSettings) -> str:
+    """The data sets as a run's facts name them, with the hashes that tell them from others of the same name."""
+    return ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items())
 
 
 def baselines_of(settings: SweepSettings) -> list[Baseline]:
@@ -146,7 +163,7 @@ def run(settings: SweepSettings, progress: Progress = silent) -> Path:
         **({DIRECTION_SHA256: ", ".join(hashes)} if hashes else {}),
         **({"SFT on the short chains": f"{', '.join(short)} (eq. 2 is that SFT)"} if short else {}),
         "billions": str(billions),
-        "data": ", ".join(f"{name} {settings.split} ({len(problems)} problems, {fingerprint(problems)[:12]})" for name, problems in sets.items()),
+        "data": _told(sets, settings),
         "decoding": f"{settings.drawn()}, up to {settings.max_new_tokens} new tokens, {settings.samples} per problem, seed {settings.seed}",
     }  # fmt: skip
     decisive = settings.model_dump(mode="json", exclude={"out", "engine", "gpus", "slots", "chosen_on", "data_dir", "device"})

@@ -127,6 +127,19 @@ def test_a_report_reads_its_data_where_the_sweep_did(tmp_path: Path, command: Ca
     assert (tmp_path / "s" / "report.html").exists()
 
 
+def test_a_report_of_a_data_set_that_changed_since_is_refused(tmp_path: Path) -> None:
+    """Its page showed the new question above the old one's chains, and a file with a row more was a sweep that had not ended."""
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"question": "2 + 3?", "answer": "5"}\n')
+    folder = sweep.run(sweep.SweepSettings(model="tiny-reasoner", data=str(data), prompt="plain", max_new_tokens=4, out=str(tmp_path / "s"))).parent
+    page = (folder / "report.html").read_text()
+    for changed in ('{"question": "2 + 4?", "answer": "6"}\n', data.read_text() + '{"question": "2 + 4?", "answer": "6"}\n'):
+        data.write_text(changed)
+        with pytest.raises(DataError, match=r"s: holds a run on another data set of the same name .* put the data set back as it was"):
+            sweep.redo(folder)
+    assert (folder / "report.html").read_text() == page
+
+
 def test_a_baseline_that_is_named_twice_is_run_and_counted_once(tmp_path: Path) -> None:
     """It was sampled once and counted twice: `report` took the finished sweep for a stopped one."""
     settings = sweep.SweepSettings(
