@@ -280,7 +280,9 @@ def test_a_position_can_be_said_in_four_ways(server: Server, fields: dict[str, A
         ({"messages": "hello"}, 400, "messages: "),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content: "),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role: "),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+        # It said that the content has to be a string, which a list of text parts need not be.
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages.0.content.0.type: Input should be 'text'"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content: Input should be a valid string"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "last message"),
         ({"messages": [{"role": "user", "content": "why " * 3000}]}, 400, "send a shorter conversation"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, {"role": "user", "content": "x"}]}, 400, "'messages.0.tool_calls' is not supported"),

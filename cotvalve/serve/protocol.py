@@ -108,7 +108,9 @@ def parse(body: bytes) -> Ask:
     try:
         ask = Ask.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+        if (at := first["loc"])[-1] == "str":  # a content that is a list was read as a text first; what its part lacks comes after
+            first = next((other for other in others if len(other["loc"]) > len(at) and other["loc"][: len(at) - 1] == at[:-1]), first)
         # A union's branch names ('str', 'list[Part]') would mean nothing to the sender.
         where = ".".join(str(part) for part in first["loc"] if str(part) not in ("str", "list[Part]"))
         raise Refused(400, f"{where}: {first['msg']}", param=where) from None
