@@ -286,6 +286,7 @@ def test_a_position_can_be_said_in_four_ways(server: Server, fields: dict[str, A
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "last message"),
         ({"messages": [{"role": "user", "content": "why " * 3000}]}, 400, "send a shorter conversation"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, {"role": "user", "content": "x"}]}, 400, "'messages.0.tool_calls' is not supported"),
+        ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}, {"role": "user", "content": "x"}]}, 400, "'messages.0.function_call' is not supported"),
         ({"stop": ["\n"]}, 400, "'stop' is not supported"),
         ({"tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
         ({"reasoning_effort": "low"}, 400, "alpha, tokens or shorter"),

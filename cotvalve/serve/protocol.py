@@ -62,6 +62,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     tool_calls: list[Any] | None = None
+    function_call: Any = None
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -122,8 +123,8 @@ def parse(body: bytes) -> Ask:
         elif field not in _IGNORED:
             raise Refused(400, unknown("field", field, Ask.model_fields), param=field, code="unknown_parameter")
     for i, message in enumerate(ask.messages):
-        if message.tool_calls:
-            where = f"messages.{i}.tool_calls"
+        if message.tool_calls or message.function_call:
+            where = f"messages.{i}.{'tool_calls' if message.tool_calls else 'function_call'}"
             raise Refused(400, f"'{where}' is not supported here", param=where, code="unsupported_parameter")
     if ask.messages[-1].role == "assistant":
         raise Refused(
