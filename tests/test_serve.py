@@ -264,6 +264,8 @@ def test_a_position_can_be_said_in_four_ways(server: Server, fields: dict[str, A
         ({"alpha": 1.5}, 400, "this server serves 0 to 1"),
         ({"alpha": "much"}, 400, "alpha: Input should be a valid number"),
         ({"alpha": [0.1, 0.2]}, 400, "alpha: "),
+        ({"alpha": True}, 400, "alpha: true is no number"),
+        ({"shorter": False}, 400, "shorter: false is no number"),
         ({"tokens": 20}, 400, "measured from 100 to 300 tokens"),
         ({"shorter": 0.9}, 400, "shorter 0.000 to 0.667"),
         ({"alpha": 0.1, "tokens": 120}, 400, "give one of alpha, tokens and shorter"),

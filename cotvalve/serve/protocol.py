@@ -33,6 +33,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 """Fields that change nothing about the answer."""
 
+_NUMBERS = ("alpha", "tokens", "shorter", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n")
+
 
 class Refused(Exception):
     """A request that gets an error object instead of an answer."""
@@ -106,6 +108,9 @@ def parse(body: bytes) -> Ask:
         raise Refused(400, "the body is not JSON in UTF-8") from None
     if not isinstance(given, dict):
         raise Refused(400, f"the body is {type(given).__name__}, expected an object with 'messages'")
+    for field in _NUMBERS:  # to Python true is 1, and alpha 1 would be the whole way
+        if isinstance(given.get(field), bool):
+            raise Refused(400, f"{field}: {json.dumps(given[field])} is no number", param=field)
     try:
         ask = Ask.model_validate(given)
     except ValidationError as error:
