@@ -421,6 +421,18 @@ def test_a_full_queue_says_so(server: Server) -> None:
     assert server.idle()
 
 
+def test_choices_that_no_queue_holds_are_no_full_queue() -> None:
+    """'0 requests wait already, try again later' was said of them for ever, and clients did."""
+    server = Server(small(), slots=4, context=64, queue=2)
+    try:
+        refused = server.ask("hi", n=3, max_tokens=1)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        assert "this server gives up to 2 choices" in refused.json()["error"]["message"]
+        assert server.ask("hi", n=2, max_tokens=1).status_code == 200
+    finally:
+        server.stop()
+
+
 class Held:
     """A front with one slot, whose chain runs until it is let go."""
 

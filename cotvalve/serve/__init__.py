@@ -50,7 +50,7 @@ class ServeSettings(ModelSettings):
     queue: int = 256
     """Requests that may wait; one more is answered with 429."""
     most_choices: int = 8
-    """Largest n of a request."""
+    """Largest n of a request; no more than --queue."""
     most_bytes: int = 1_048_576
     """Largest request body."""
 

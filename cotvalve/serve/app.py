@@ -75,9 +75,9 @@ class Service:
     def requests(self, ask: Ask, alpha: float, id: str, seed: int) -> list[Encoded]:
         """One request to the engine per choice; choice i has the seed plus i."""
         how = self.settings
-        count = ask.n or 1
-        if count > how.most_choices:
-            raise Refused(400, f"n is {count}, this server gives up to {how.most_choices} choices", param="n")
+        count, most = ask.n or 1, min(how.most_choices, how.queue)  # all choices are queued, or none
+        if count > most:
+            raise Refused(400, f"n is {count}, this server gives up to {most} choices", param="n")
         budget = ask.max_completion_tokens or ask.max_tokens or how.max_new_tokens
         try:
             prompt = render_messages(self.valve.tokenizer, [message.plain() for message in ask.messages])
