@@ -361,6 +361,8 @@ def test_other_paths_and_methods_get_openais_shape_too(server: Server) -> None:
     assert server.client.get("/v1/nothing").json()["error"]["message"].startswith("Not Found")
     wrong = server.client.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
+    # It named the path that had been asked, and had lost the header that a 405 has to have.
+    assert (wrong.json()["error"]["message"], wrong.headers["allow"]) == ("Method Not Allowed: send POST", "POST")
     assert server.client.get("/docs").status_code == 404
 
 

@@ -233,12 +233,13 @@ def create_app(valve: Valve, settings: ServeSettings) -> FastAPI:
     app.state.dial, app.state.service = service.dial, service
 
     async def refused(_request: Request, error: Exception) -> JSONResponse:
+        headers = None
         if isinstance(error, HTTPException):
-            error = Refused(
-                error.status_code, f"{error.detail}: there is /v1/chat/completions, /v1/models, /health and /"
-            )
+            headers = error.headers
+            there = f"send {headers['Allow']}" if headers and "Allow" in headers else "there is /v1/chat/completions, /v1/models, /health and /"
+            error = Refused(error.status_code, f"{error.detail}: {there}")
         assert isinstance(error, Refused)
-        return JSONResponse(error.body(), error.status)
+        return JSONResponse(error.body(), error.status, headers)
 
     async def failed(_request: Request, _error: Exception) -> JSONResponse:
         return JSONResponse(Refused(500, "the server failed; its log says why").body(), 500)
