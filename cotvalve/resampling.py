@@ -87,7 +87,9 @@ def resamples(problems: int, seed: int, draws: int) -> Iterator[Floats]:
 
 
 def interval(draws: Floats, estimate: float) -> Interval:
-    """The middle 95 % of `draws` of an estimate."""
+    """The middle 95 % of `draws` of an estimate; nothing but the estimate where there are none."""
+    if not len(draws):
+        return Interval(estimate, estimate)
     low, high = (float(end) for end in np.quantile(draws, (0.025, 0.975)))
     # Percentiles of few, skewed problems can miss the estimate by a step; an interval has to hold it.
     return Interval(min(low, estimate), max(high, estimate))

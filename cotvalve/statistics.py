@@ -291,19 +291,18 @@ def travel(alphas: Sequence[float], tokens: Sequence[float], parts: int = 10) ->
 
 
 def _resampled_point(table: Answers, seed: int, draws: int) -> tuple[Floats, Floats, Floats]:
-    """Accuracy in percent, mean tokens and median tokens of every resample."""
+    """Accuracy in percent of every resample; mean tokens and median tokens of those in which anything ran."""
     right_P, ran_P = table.right_P_S.sum(1), table.ran_P_S.sum(1)
     tokens_P, samples = table.tokens_P_S.sum(1), table.right_P_S.shape[1]
     owner, lengths = np.nonzero(table.ran_P_S)[0], table.tokens_P_S[table.ran_P_S > 0]
     order = np.argsort(lengths, kind="stable")
     owner, lengths = owner[order], np.append(lengths[order], 0.0)
-    accuracies: list[Floats] = []
-    means: list[Floats] = []
-    medians: list[Floats] = []
+    accuracies, means, medians = list[Floats](), list[Floats](), list[Floats]()
     for counts in resamples(len(right_P), seed, draws):
         accuracies.append(100 * (counts @ right_P) / (samples * len(right_P)))
         total = counts @ ran_P
-        means.append(np.divide(counts @ tokens_P, total, out=np.zeros_like(total), where=total > 0))
+        counts, total = counts[total > 0], total[total > 0]
+        means.append(counts @ tokens_P / total)
         below = counts[:, owner].cumsum(1, dtype=np.int32)
         middle = [(below <= rank[:, None]).sum(1) for rank in ((total - 1) // 2, total // 2)]
         medians.append((lengths[middle[0]] + lengths[middle[1]]) / 2)

@@ -12,6 +12,7 @@ from cotvalve import resampling, statistics
 from cotvalve.errors import DataError, SettingError
 from cotvalve.resampling import answers, resamples
 from cotvalve.statistics import acu, mcnemar, paired, paired_over_grid, point, points, spearman, travel, wilson
+from cotvalve.types import Interval
 
 AIME = 100 / 30
 
@@ -232,6 +233,13 @@ def test_several_samples_are_clustered_by_problem():
 def test_all_right_in_several_samples_is_not_certainty():
     rows = [row(f"p{i}", sample=s) for i in range(10) for s in range(4)]
     assert point("s", "d", 0.0, rows, 1, draws=99).accuracy_ci == wilson(10, 10)
+
+
+def test_resamples_of_errors_alone_have_no_length():
+    """They had length 0: one question of three that did not fit the context took the interval of the others' 30 and 40 down to 0, its median's to 15."""
+    rows = [row("a", 30), row("b", 40), row("c", 0, False, finish="error", predicted=None)]
+    made = point("s", "d", 0.0, rows, 1)
+    assert (made.tokens_mean_ci, made.tokens_median_ci) == (Interval(30, 40), Interval(30, 40))
 
 
 def test_nothing_ran():
