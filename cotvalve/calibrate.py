@@ -25,7 +25,7 @@ from cotvalve.errors import DataError, SettingError
 from cotvalve.mixchain import Sampling, is_mixchain, requests_for, sample_rows
 from cotvalve.problems import HELD_OUT, NAMES, load
 from cotvalve.problems import fingerprint as data_fingerprint
-from cotvalve.records import Json, Run, disk, read_json, read_parquet, write_text
+from cotvalve.records import Json, Run, disk, read_json, read_parquet, read_run, write_text
 from cotvalve.repetition import loops
 from cotvalve.resampling import answers, widened
 from cotvalve.settings import Alphas, Count, NotNegative
@@ -94,7 +94,7 @@ def run(settings: CalibrateSettings, progress: Progress = silent) -> Path:
 def _from_sweep(settings: CalibrateSettings, home: Path) -> Path:
     """The same from chains that a sweep has made. The direction is known there by its weights, whatever it is called."""
     folder = Path(settings.sweep)
-    found = read_json(folder / "run.json")
+    found = read_run(folder)
     if found["verb"] != "sweep" or found["settings"]["split"] != HELD_OUT:
         raise DataError(f"{folder}: not a sweep of held-out questions; make one with sweep --split {HELD_OUT}")
     digest = load_direction(settings.direction).sha256()[:16]
@@ -230,7 +230,10 @@ def _trained_here(folder: Path) -> bool:
     """True when the run folders say that all a direction was trained on came through `train` and `mix`."""
     if not (folder / "run.json").exists():
         return False
-    told = read_json(folder / "run.json")["settings"]
+    found = read_json(folder / "run.json")
+    told = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(told, dict):  # of another program, which made the adapter
+        return False
     data, before = str(told.get("data") or ""), str(told.get("direction") or "")
     own = (
         data in NAMES

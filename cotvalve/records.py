@@ -248,6 +248,14 @@ def alone(folder: Path) -> int:
     return handle
 
 
+def read_run(folder: Path) -> Json:
+    """A run folder's run.json: its verb, settings and facts. Raises DataError for another program's file of that name."""
+    found = read_json(folder / "run.json")
+    if not isinstance(found, dict) or not {"verb", "settings", "facts"} <= found.keys():
+        raise DataError(f"{folder}: not a run folder, its run.json is another program's; name another one")
+    return found
+
+
 class Run:
     """A run folder, opened to begin or to go on."""
 
@@ -259,13 +267,12 @@ class Run:
         its name. The other `facts` (hardware) are written when the run begins.
         """
         self.folder = folder
-        record = folder / "run.json"
         settings = json.loads(json.dumps(settings))
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{folder}: a file, not a folder; name another --out")
         self._release = weakref.finalize(self, os.close, alone(folder))
         try:
-            self._open(record, verb, settings, facts or {})
+            self._open(folder / "run.json", verb, settings, facts or {})
             self.rows = RowStore(folder / "rows.sqlite")
         except BaseException:
             self._release()
@@ -275,7 +282,7 @@ class Run:
         folder = self.folder
         for half in folder.glob(f".{record.name}.*"):  # of a process that was killed while it wrote the record
             half.unlink()
-        found: Json = read_json(record) if record.exists() else {}
+        found = read_run(folder) if record.exists() else {}
         if not found and any(folder.iterdir()):
             raise DataError(f"{folder}: not empty and not a run folder; name another --out")
         if found and _holds_work(folder):
@@ -319,17 +326,11 @@ def refuse_other(folder: Path, found: Json, verb: str, settings: Json, facts: Js
     before = found["settings"]
     for name in sorted({*settings, *before}):
         if settings.get(name) != before.get(name):
-            raise DataError(
-                f"{folder}: holds a run with {name}={before.get(name)!r}, this one has {settings.get(name)!r}; "
-                "name another --out, or the same settings to go on"
-            )
+            raise DataError(f"{folder}: holds a run with {name}={before.get(name)!r}, this one has {settings.get(name)!r}; name another --out, or the same settings to go on")
     for name, what in _HASHED.items():
         now, then = facts.get(name), found["facts"].get(name)
         if now is not None and then is not None and (_HASH.findall(now) or now) != (_HASH.findall(then) or then):
-            raise DataError(
-                f"{folder}: holds a run on another {what} of the same name ({then}; now {now}); name another --out, or "
-                f"put the {what} back as it was to go on"
-            )
+            raise DataError(f"{folder}: holds a run on another {what} of the same name ({then}; now {now}); name another --out, or put the {what} back as it was to go on")
 
 
 _HASH = re.compile(r"\b[0-9a-f]{12,64}\b")

@@ -30,6 +30,7 @@ from cotvalve.records import (
     alone,
     read_json,
     read_parquet,
+    read_run,
     refuse_other,
     write_json,
     write_parquet,
@@ -86,7 +87,7 @@ def redo(folder: Path, data_dir: str | None = None) -> Path:
     Reads `rows.sqlite`, or `rows.parquet` in a folder that was published without it. A folder of data sets is none of a
     run's settings, so `data_dir` names it here as well.
     """
-    found = read_json(folder / "run.json")
+    found = read_run(folder)
     if found["verb"] != "sweep":
         raise DataError(f"{folder}: holds a run of '{found['verb']}', not 'sweep'; name a sweep's folder")
     handle = alone(folder)  # a sweep that is at its end, or another report, writes the same files

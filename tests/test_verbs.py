@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cotvalve import sweep
+from cotvalve import calibrate, sweep
 from cotvalve.errors import DataError, DirectionMismatch, SettingError
 from cotvalve.records import Run, read_json, read_parquet, write_parquet
 from cotvalve.valve import Valve
@@ -182,6 +182,18 @@ def test_a_report_keeps_out_of_a_folder_that_a_sweep_is_at_work_in(tmp_path: Pat
         sweep.redo(folder)
     sweep.redo(folder)
     sweep.redo(folder)
+
+
+@pytest.mark.parametrize("text", ['{"lr": 0.1}', "{}", "[1]", '{"verb": "sweep"}'])
+def test_another_programs_run_json_is_told_in_one_line_and_kept(tmp_path: Path, text: str) -> None:
+    """It was a KeyError or a TypeError, and where nothing else stood in the folder a run wrote over it."""
+    (tmp_path / "run.json").write_text(text)
+    for act in (lambda: sweep.redo(tmp_path), lambda: calibrate.run(calibrate.CalibrateSettings(direction="tiny-valve", data="arithmetic", sweep=str(tmp_path), out=str(tmp_path / "c"))),
+                lambda: Run(tmp_path, "sweep", {})):  # fmt: skip
+        with pytest.raises(DataError, match="not a run folder"):
+            act()
+    assert (tmp_path / "run.json").read_text() == text
+    assert calibrate._trained_here(tmp_path) is False
 
 
 def test_a_file_where_a_folder_belongs_is_told_in_one_line(tmp_path: Path) -> None:
