@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -154,3 +156,18 @@ def _filled(model: M, seed: int) -> M:
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.1 * noise if "norm" in name else 0.2 * noise)
     return model.eval()
+
+
+def gradients_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """What each optimizer step of a training from now on is about to use, by parameter in float64, as the steps come."""
+    from cotvalve.learner import SkipBadSteps  # the Trainer's import is long, and most tests train nothing
+
+    seen: list[dict[str, Tensor]] = []
+
+    def look(callback: SkipBadSteps, *_: object, **__: object) -> None:
+        assert callback.trainer is not None
+        assert callback.trainer.model is not None
+        seen.append({name: p.grad.to(torch.float64, copy=True) for name, p in callback.trainer.model.named_parameters() if p.grad is not None})
+
+    monkeypatch.setattr(SkipBadSteps, "on_pre_optimizer_step", look)
+    return seen

@@ -20,7 +20,7 @@ from cotvalve.chains import judged
 from cotvalve.direction import Card, Direction
 from cotvalve.errors import DataError, SettingError
 from cotvalve.headloss import Worth, compiled
-from cotvalve.learner import Learner, SkipBadSteps, _Order  # pyright: ignore[reportPrivateUsage]
+from cotvalve.learner import Learner, _Order  # pyright: ignore[reportPrivateUsage]
 from cotvalve.mixchain import MixSettings
 from cotvalve.mixchain import run as mix
 from cotvalve.prompts import end_of_turn
@@ -219,14 +219,7 @@ def test_where_nothing_has_moved_yet_the_gradient_is_the_reward_s(way: str, monk
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_first_step_of_a_round_has_the_reward_s_gradient(tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a token was before is found at its own chain's position, whatever the portions and their order."""
-    seen: list[dict[str, Tensor]] = []
-
-    def look(callback: SkipBadSteps, *_: object, **__: object) -> None:
-        assert callback.trainer is not None
-        assert callback.trainer.model is not None
-        seen.append({name: p.grad.clone() for name, p in callback.trainer.model.named_parameters() if p.grad is not None})
-
-    monkeypatch.setattr(SkipBadSteps, "on_pre_optimizer_step", look)
+    seen = models.gradients_of_steps(monkeypatch)
     stage = Stage("s", tuple(Example(SEVEN, Chain(t, len(t)), a, w) for t, a, w in zip(TEXTS, ALPHAS, WEIGHTS, strict=True)))
     for trust, more in ((0.0, {}), (0.2, {"packing": packing, "max_length": 100, "micro_batch": 2})):
         how = settings(batch=4, clip=0, trust=trust, **more)

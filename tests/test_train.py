@@ -331,14 +331,7 @@ def test_padding_and_the_company_of_other_rows_do_not_change_the_loss() -> None:
 
 def test_gradients_of_a_large_step_survive_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp16 a loss over 30,000 tokens lost a sixth of its gradient; here each token counts as if it were one of a million."""
-    seen: list[dict[str, Tensor]] = []
-
-    def look(callback: SkipBadSteps, *_: object, **__: object) -> None:
-        assert callback.trainer is not None
-        assert callback.trainer.model is not None
-        seen.append({name: p.grad.double() for name, p in callback.trainer.model.named_parameters() if p.grad is not None})
-
-    monkeypatch.setattr(SkipBadSteps, "on_pre_optimizer_step", look)
+    seen = models.gradients_of_steps(monkeypatch)
     few = Stage("s", tuple(replace(example, weight=1e-4) for example in examples()))
     for dtype in (torch.float32, torch.float16):
         valve = turned()
