@@ -26,6 +26,8 @@ _ANSWER_IS = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<!\b[ap])(?<!\b[ap]\.m)(?<!\bMr)(?<!\bM[rs]s)(?<!\bDr)\.(?=\s|$)|\n")
 _MATH_SPAN = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.){1,400}+)\$\$?|\\\(([^\n]{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
+_OPEN_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{(?!\s*\})")
+_FORMULA_END = re.compile(r"(?<!\\)(?:\\[)\]]|\$)")
 
 
 def visible(text: str) -> str:
@@ -143,10 +145,8 @@ def _last(text: str, kind: AnswerKind) -> str | None:
     lines = [line for line in tail.splitlines() if line.strip()]
     if kind == "list":
         return next((line.strip() for line in reversed(lines) if NUMBER.search(clean(line))), None)
-    if kind == "math" and lines:
-        spans = list(_MATH_SPAN.finditer(lines[-1]))
-        if spans:
-            return _span(spans[-1]).rsplit("=", 1)[-1].strip() or None
+    if kind == "math" and lines and (formula := _formula(tail.rstrip(" \t\r\n."), lines[-1])):
+        return formula.rsplit("=", 1)[-1].strip() or None
     pattern = RATIO if kind == "ratio" else TIME if kind == "time" else NUMBER
     last: re.Match[str] | None = None
     for last in pattern.finditer(clean(tail)):  # noqa: B007
@@ -154,8 +154,29 @@ def _last(text: str, kind: AnswerKind) -> str | None:
     return (_token(last) if pattern is NUMBER else last[0]) if last else None
 
 
+def _formula(tail: str, line: str) -> str | None:
+    r"""The formula that a text ends with: in a box that is never closed, in the last line, or set apart in lines of its own.
+
+    >>> _formula(text := r"so \(\boxed{\frac{1}{2}\) of it", text)
+    '\\frac{1}{2}'
+    """
+    for begin, end in ((r"\[", r"\]"), ("$$", "$$")):
+        if line.strip(" \t\r.") == end:
+            line = tail.removesuffix(end).rpartition(begin)[2].strip()
+            # Behind the last "=" of a derivation in several lines stands the end of its environment.
+            if len(line) > MAX_ANSWER or "{align" in line:
+                return None
+            if not _OPEN_BOX.search(line):
+                return line.removesuffix(".")
+    if _OPEN_BOX.search(line):
+        return _FORMULA_END.split(_OPEN_BOX.split(line)[-1])[0].strip().removesuffix(".")
+    spans = list(_MATH_SPAN.finditer(line))
+    return _span(spans[-1]) if spans else None
+
+
 def _span(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group is not None).strip()
+    """What the formula says; of a box in it that is never closed the contents."""
+    return _OPEN_BOX.split(next(group for group in match.groups() if group is not None))[-1].strip()
 
 
 def _token(match: re.Match[str] | None) -> str | None:
