@@ -474,17 +474,17 @@ def publish(folders: Sequence[Path], home: Path, texts: Sequence[str]) -> None:
     `texts` names the sweeps, as FOLDER/STEP, that keep them.
     """
     # A run of `reward` has a folder for each of its rounds' two halves.
-    places = ("*/run.json", "*/round-*/*/run.json")
-    for step, target in sorted((path.parent, home / folder.name / path.parent.relative_to(folder)) for folder in folders for place in places for path in folder.glob(place)):
-        kept = [path for name in ("run.json", "train.json", "mix.json") if (path := step / name).exists()]
+    places = ("*/run.json", "*/round-*/*/run.json", "*/extraction.json")
+    for step, target in sorted({(path.parent, home / folder.name / path.parent.relative_to(folder)) for folder in folders for place in places for path in folder.glob(place)}):
+        kept = [path for name in ("run.json", "train.json", "mix.json", "extraction.json") if (path := step / name).exists()]
         if (step / "rows.parquet").exists():
             rows = read_parquet(step / "rows.parquet")
             if f"{step.parent.name}/{step.name}" not in texts:
                 rows = [{**{key: value for key, value in row.items() if key != "text"}, LOOPS: looped(row)} for row in rows]
             target.mkdir(parents=True, exist_ok=True)
             write_parquet(target / "rows.parquet", rows, level=19)
-        elif len(kept) < 2:
-            continue  # not finished
+        elif len(kept) < 2 and not (step / "extraction.json").exists():
+            continue  # not finished; an extraction has nothing else
         for path in kept:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)

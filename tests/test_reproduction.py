@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import means, side_by_side
+from benchmarks import means, several, side_by_side
 from cotvalve import Direction, pipeline, plan, problems
 from cotvalve.baselines import PLAIN
 from cotvalve.errors import DataError, SettingError
@@ -447,6 +447,8 @@ def test_published_rows_give_the_same_tables_without_their_texts(tmp_path: Path)
     for part, told in (("mix", "mix.json"), ("direction", "train.json")):
         for name in ("run.json", told, "rows.sqlite"):
             write_json(folder / "short" / "round-1" / part / name, {"verb": part})
+    for told in ("extraction.json", "adapter_config.json"):
+        write_json(folder / "low-16" / told, {"rank": 16})
     before = reproduction.document([folder], [], PLAIN, 1.0, 99)
     assert "| 1 | 25.0" in before
     assert "| 25.0 | 100.0 |" in before  # one is cut, all four repeat themselves
@@ -456,8 +458,43 @@ def test_published_rows_give_the_same_tables_without_their_texts(tmp_path: Path)
         assert reproduction.document([home / "0"], [], PLAIN, 1.0, 99) == before
         assert ("text" in read_parquet(home / "0" / "main-gsm8k" / "rows.parquet")[0]) == bool(texts)
         assert not (home / "0" / "mix").exists()  # it had not ended
+        assert [path.name for path in (home / "0" / "low-16").iterdir()] == ["extraction.json"]
         rounds = sorted(str(path.relative_to(home / "0" / "short" / "round-1")) for path in (home / "0" / "short").rglob("*.*"))
         assert rounds == ["direction/run.json", "direction/train.json", "mix/mix.json", "mix/run.json"]
+
+
+def test_several_dials_are_told_together_question_by_question(tmp_path: Path) -> None:
+    plain = rows(0.0, "++--", [200, 300, 200, 300])
+    sweep(tmp_path / "a", {PLAIN: plain, PROMPT: rows(None, "----", [9] * 4), "A": [*rows(0.0, "++--", [200] * 4), *rows(0.5, "++--", [100] * 4), *rows(1.0, "+-#-", [50] * 4)]})
+    sweep(tmp_path / "b", {PLAIN: plain, "A": rows(1.0, "++--", [100] * 4), "B": rows(1.0, "++++", [150] * 4)})
+    other = [{**row, "problem": f"p{row['problem']}"} for row in rows(1.0, "##", [80] * 2)]
+    sweep(tmp_path / "c", {PLAIN: [{**row, "alpha": 0.0} for row in other], "A": other}, data="math500")
+    [all_three] = several.compared([tmp_path / "a", tmp_path / "b"], [], [1.0])
+    assert (all_three.where, all_three.position) == ("gsm8k", "1")
+    assert all_three.ours_P_3.mean(axis=0) == pytest.approx([(1 + 2 + 4) / 12, 100.0, 1 / 12])
+    assert all_three.theirs_P_3.mean(axis=0) == pytest.approx([0.5, 250.0, 0.0])
+    changed = several.changes(all_three, 499)
+    assert [changed[name][0] for name in several.MEASURES] == pytest.approx([100 / 12, 2.5, 100 / 12])
+    for estimate, within in changed.values():
+        assert within.low < estimate < within.high
+    # Questions count alike, and not the sweeps: six of them, two of which are another set's.
+    found = several.compared([tmp_path / name for name in "abc"], [], [])
+    assert [(line.where, line.position, len(line.ours_P_3)) for line in found] == [("math500", "1", 2), ("gsm8k", "1", 4), ("together", "1", 6)]
+    assert found[-1].ours_P_3[:, 0].mean() == pytest.approx(7 / 3 / 6)
+    assert found[-1].theirs_P_3[:, 2].mean() == pytest.approx(2 / 6)
+    [against] = several.compared([tmp_path / "b"], [tmp_path / "a"], [], "q1")
+    assert against.ours_P_3.tolist() == [[1.0, 125.0, 0.0]]
+    assert against.theirs_P_3.tolist() == [[0.0, 50.0, 0.0]]
+    assert len(several.compared([tmp_path / "a"], [], [])) == 3, "two positions and both together"
+    assert "| gsm8k, 4 | 1 | 75.0, 25.0 | +50.0 [" in several.tables([tmp_path / "b"], [tmp_path / "a"], [], 99)
+
+
+def test_several_says_what_it_needs(tmp_path: Path) -> None:
+    sweep(tmp_path / "a", {PLAIN: rows(0.0, "+-", [9] * 2), "A": rows(1.0, "+-", [9] * 2)})
+    sweep(tmp_path / "b", {PLAIN: rows(0.0, "+-", [9] * 2), "A": [{**row, "finish": "error"} for row in rows(1.0, "+-", [9] * 2)]})
+    for told, steps, alphas, prefix in (("no rows.parquet", ["nothing"], [], ""), ("not every sweep has alpha 0.5; all have 1", ["a"], [0.5], ""), ("begins with 'x'", ["a"], [], "x"), ("q0 could not be run", ["b"], [], "")):
+        with pytest.raises(DataError, match=told):
+            several.compared([tmp_path / step for step in steps], [], alphas, prefix)
 
 
 def test_steps_of_one_name_are_the_same_in_every_recipe() -> None:
