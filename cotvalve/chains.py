@@ -10,12 +10,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cotvalve.answers import boxes
+from cotvalve.answers import boxes, visible
 from cotvalve.card import BASE_SHA256, DIRECTION_SHA256
 from cotvalve.errors import DataError, SettingError
 from cotvalve.problems import NAMES, training
 from cotvalve.problems.dataset import hub_rows
 from cotvalve.problems.unseen import origin
+from cotvalve.prompts import prompt
 from cotvalve.records import Json, RowStore, read_json, read_jsonl, read_parquet
 from cotvalve.types import Chain, Judged, MixChain, Problem
 
@@ -86,8 +87,9 @@ def load(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[MixCh
 def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[Problem, list[Judged]]], Json]:
     """Every chain that a finished run of `mix` sampled, right or not, by question; and what its run.json says.
 
-    A truncated chain is not right, whatever it says. Chains of a run without a direction are those of a direction that is
-    still zero, at alpha 1. Raises DataError for anything but such a folder.
+    A truncated chain is not right, whatever it says, nor is one without the box that its prompt asked for: a direction that
+    is paid for those learns to leave it out. Chains of a run without a direction are those of a direction that is still
+    zero, at alpha 1. Raises DataError for anything but such a folder.
     """
     path = Path(folder)
     if not _own(path) or not (path / "mix.json").exists():
@@ -96,6 +98,7 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
     how = made["settings"]
     asked = training(how["data"], data_dir=data_dir, limit=how["limit"], seed=how["seed"], offset=how.get("offset", 0))
     known = {problem.id: problem for problem in asked}
+    boxed = "\\boxed" in prompt(how["prompt"]).user
     found: dict[str, list[Judged]] = {name: [] for name in known}
     with closing(RowStore(path / "rows.sqlite")) as store:
         for row in store.rows():
@@ -104,7 +107,8 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
             if row["finish"] != "error":
                 chain = Chain(row["text"], row["tokens"], row["alpha"] if how["direction"] else 1.0)
                 cut = row["finish"] == "length"  # grading takes an answer that stood before the cut
-                found[row["problem"]].append(Judged(chain, row["correct"] and not cut, cut))
+                right = row["correct"] and not cut and (not boxed or bool(boxes(visible(row["text"]))))
+                found[row["problem"]].append(Judged(chain, right, cut))
     return [(known[name], chains) for name, chains in found.items()], made
 
 

@@ -393,6 +393,22 @@ def test_a_truncated_chain_is_not_right_whatever_stood_before_the_cut(tmp_path: 
     assert not chain.right
 
 
+def test_a_chain_without_the_box_that_was_asked_for_is_not_right(tmp_path: Path) -> None:
+    """One that ended in an unclosed box was read all the same, a token shorter, and twelve rounds made a tenth of the chains such."""
+    data = sampled(tmp_path / "mix", prompt="boxed", limit=3)
+    ends = (r"\boxed{7}", r"\boxed{7", "The answer is 7.", r"<think>\boxed{7}</think>So it is 7.")
+    with closing(sqlite3.connect(data / "rows.sqlite")) as db, db:
+        found = [(key, json.loads(value)) for key, value in db.execute("SELECT key, value FROM rows ORDER BY key")][:4]
+        for (key, row), end in zip(found, ends, strict=True):
+            db.execute("UPDATE rows SET value = ? WHERE key = ?", (json.dumps({**row, "text": end, "correct": True, "finish": "stop"}), key))
+    right = {one.chain.text: one.right for _, chains in judged(data)[0] for one in chains}
+    assert [right[end] for end in ends] == [True, False, False, False]
+    made = read_json(data / "run.json")
+    write_json(data / "run.json", {**made, "settings": {**made["settings"], "prompt": "plain"}})
+    right = {one.chain.text: one.right for _, chains in judged(data)[0] for one in chains}
+    assert all(right[end] for end in ends), "nobody asked for a box"
+
+
 def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) -> None:
     data = sampled(tmp_path / "mix")
     with pytest.raises(SettingError, match=r"chains of another direction \(tiny-valve\) than the one that learns \(a new one\)"):
