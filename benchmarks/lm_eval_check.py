@@ -109,6 +109,7 @@ KINDS = {
     "spelling": Kind("the same number in another spelling (42.00 and 42, 50% and 50, 6th and 6)", "cotvalve: lm-eval compares strings"),
     "expression": Kind("the same expression in another spelling", "cotvalve: lm-eval compares strings"),
     "words": Kind("words beside the number in the box", "cotvalve: units are no part of a GSM8K answer"),
+    "silent": Kind("words and no number in the box ('\\boxed{\\text{We can't determine it}}'); the last number before it happens to be the gold answer", "cotvalve: no answer is given"),
     "cut": Kind("the token budget cut the text; the last number before the cut happens to be the gold answer", "cotvalve: no answer had been given (its rule for truncated texts)"),
     "chance": Kind("the answer given is another; the last number of the sentence behind it happens to be the gold answer", "cotvalve: the answer given is wrong"),
     "part": Kind("the answer given is another; a part of it is the gold answer (20 in 1/20, 2 in 2:20)", "cotvalve: the answer given is wrong"),
@@ -118,6 +119,7 @@ KINDS = {
     "unboxed": Kind("no box in the text; math-verify takes a formula that stands elsewhere", "cotvalve: the last sentence gives the answer (but for math500's prealgebra/65, where it names the gold number by chance)"),
     "percent": Kind("a percent sign in the box, for a question that asks how many percent", "cotvalve: 20% is 20 of them; math-verify makes it 1/5"),
     "several": Kind("several boxes; math-verify makes a set of them", "cotvalve: the last box counts, as for hendrycks_math"),
+    "remark": Kind("no box; the answer stands in a formula or a sentence, and the text ends with a remark that has another number", "lm-eval"),
     "heading": Kind("no box; the sentence below 'Final Answer' has two numbers, and cotvalve takes the first", "lm-eval"),
     "thousands": Kind("the thousands of a number stand apart ('\\boxed{9 500}')", "cotvalve: it is one number; math-verify multiplies"),
     "repeated": Kind("one value several times in one box ('\\boxed{1, 1, 1}'); math-verify makes a set of it", "open: the question has one value, and the answer names it for each case"),
@@ -162,6 +164,8 @@ def explain(view: str, seen: Seen) -> str:
         return "spelling"
     if view == "math_verify" and re.search(r"[<>]|\\[lg]eq?\b", seen.ours.predicted or "") and seen.gold.answer[0] in "([":
         return "inequality"
+    if view == "math_verify" and re.fullmatch(r"\d+ [a-z]+", seen.ours.predicted or ""):
+        return "words"
     if _same(seen.gold.answer, seen.read):
         return "spelling"
     if view == "flexible-extract" and _behind(seen):
@@ -183,12 +187,16 @@ def _only_theirs(view: str, seen: Seen) -> str:
         return "sum" if "+" in parts[1] else "apart"
     if given is None or not _same(seen.gold.answer, read):
         return "other"
+    if not re.search(r"\d", given):
+        return "silent"
     whole, last = re.escape(read), _visible(seen.text).strip().rpartition("\n")[2]
     if re.search(rf"(?<!\d){whole}(?!\d)", given) or re.search(rf"(?<![\d:]){whole}:\d\d", last):
         return "part"
     if not boxes(_visible(seen.text)) and "Final Answer" in seen.text:
         return "heading"
-    return "chance" if _behind(seen) else "other"
+    if _behind(seen):
+        return "chance"
+    return "remark" if view == "math_verify" and not boxes(_visible(seen.text)) else "other"
 
 
 def _visible(text: str) -> str:
