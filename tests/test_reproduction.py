@@ -237,6 +237,16 @@ def test_accuracy_at_equal_length_on_paper() -> None:
     assert str(reproduction.equal_length(short, b, 9)) == DASH
 
 
+def test_equal_length_is_told_of_the_seeds_that_both_dials_have() -> None:
+    """Its interval was over these alone, and its estimate over all seeds of the longer dial."""
+    b = {alpha: {"0": rows(alpha, right, [tokens] * 4), "1": rows(alpha, "----", [tokens] * 4)} for alpha, right, tokens in ((0.0, "++++", 400), (0.5, "++--", 200), (1.0, "+---", 100))}
+    gap = reproduction.equal_length({0.0: {"0": rows(0.0, "++++", [400] * 4)}, 1.0: {"0": rows(1.0, "+++-", [200] * 4)}}, b, 99)
+    assert gap.points == pytest.approx(25)
+    assert gap.within.low <= 25 <= gap.within.high
+    with pytest.raises(DataError, match="no common seed"):
+        reproduction.equal_length({1.0: {"9": rows(1.0, "+++-", [200] * 4)}}, b, 99)
+
+
 def test_a_gap_that_no_draw_changes_stays_open() -> None:
     """All four questions right on both dials, or on one alone: 60 points of room (0 of 4, one-sided 2.5 %), where resamples show none."""
     b = {alpha: {"0": rows(alpha, "++++", [tokens] * 4)} for alpha, tokens in ((0.0, 400), (1.0, 100))}
