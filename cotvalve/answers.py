@@ -25,7 +25,10 @@ _ANSWER_IS = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"(?<!\b[ap])(?<!\b[ap]\.m)(?<!\bMr)(?<!\bM[rs]s)(?<!\bDr)\.(?=\s|$)|\n")
-_MATH_SPAN = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.){1,400}+)\$\$?|\\\(([^\n]{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
+# Behind another backslash none begins a formula: the "\\[2pt]" of a matrix ends its row.
+_MATH_SPAN = re.compile(r"(?<!\\)(?:\$\$?((?:[^$\\]|\\.){1,400}+)\$\$?|\\\(([^\n]{1,400}?)\\\)|\\\[(.{1,400}?)\\\])", re.DOTALL)
+_DISPLAY = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$", re.DOTALL)
+_DISPLAYS = ((re.compile(r"(?<!\\)\\\["), r"\]"), (re.compile(r"\$\$"), "$$"))
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{(?!\s*\})")
 _FORMULA_END = re.compile(r"(?<!\\)(?:\\[)\]]|\$)")
 
@@ -93,7 +96,7 @@ def find(text: str, kind: AnswerKind) -> Found | None:
         if value:
             return Found(value, complete=bool(match[2]))
     for match in reversed(list(_ANSWER_IS.finditer(text))[-MAX_MARKS:]):
-        sentence = _sentence(text[match.end() : match.end() + MAX_ANSWER])
+        sentence = _sentence(text[match.end() : match.end() + MAX_ANSWER], kind)
         value = _leading(sentence, kind, marked=False)
         # "The answer is 2:20." is an answer, if none to a question for a number: no number elsewhere is.
         if value or (kind == "number" and any(map(str.isdigit, sentence))):
@@ -108,8 +111,10 @@ def _last_run(text: str, last: str) -> str:
     return ", ".join(together) if len(together) > 1 else last
 
 
-def _sentence(rest: str) -> str:
+def _sentence(rest: str, kind: AnswerKind) -> str:
     rest = rest.lstrip(" \t\n:*_#")
+    if kind == "math" and (apart := _DISPLAY.match(rest)):
+        return apart[0]
     cut = _SENTENCE_END.search(rest)
     return (rest[: cut.start()] if cut else rest).strip()
 
@@ -131,6 +136,8 @@ def _leading(part: str, kind: AnswerKind, *, marked: bool) -> str | None:
         match = TIME.search(clean(part))
         return match[0] if match else None
     if kind == "math":
+        if _OPEN_BOX.search(part):
+            return _opened(part)
         span = _MATH_SPAN.search(part)
         if span and not marked:
             return _span(span)
@@ -145,8 +152,8 @@ def _last(text: str, kind: AnswerKind) -> str | None:
     lines = [line for line in tail.splitlines() if line.strip()]
     if kind == "list":
         return next((line.strip() for line in reversed(lines) if NUMBER.search(clean(line))), None)
-    if kind == "math" and lines and (formula := _formula(tail.rstrip(" \t\r\n."), lines[-1])):
-        return formula.rsplit("=", 1)[-1].strip() or None
+    if kind == "math" and lines and (formula := _formula(tail, lines[-1])):
+        return formula
     pattern = RATIO if kind == "ratio" else TIME if kind == "time" else NUMBER
     last: re.Match[str] | None = None
     for last in pattern.finditer(clean(tail)):  # noqa: B007
@@ -155,28 +162,53 @@ def _last(text: str, kind: AnswerKind) -> str | None:
 
 
 def _formula(tail: str, line: str) -> str | None:
-    r"""The formula that a text ends with: in a box that is never closed, in the last line, or set apart in lines of its own.
+    r"""What the formula says that a text ends with: in a box that is never closed, in the last line, or set apart from it.
 
-    >>> _formula(text := r"so \(\boxed{\frac{1}{2}\) of it", text)
-    '\\frac{1}{2}'
+    >>> _formula(text := r"so \(\boxed{\frac{1}{2}\) of it", text), _formula(text := r"so \(x = 1 + 2 = 3\)", text)
+    ('\\frac{1}{2}', '3')
     """
-    for begin, end in ((r"\[", r"\]"), ("$$", "$$")):
-        if line.strip(" \t\r.") == end:
-            line = tail.removesuffix(end).rpartition(begin)[2].strip()
-            # Behind the last "=" of a derivation in several lines stands the end of its environment.
-            if len(line) > MAX_ANSWER or "{align" in line:
-                return None
-            if not _OPEN_BOX.search(line):
-                return line.removesuffix(".")
-    if _OPEN_BOX.search(line):
-        return _FORMULA_END.split(_OPEN_BOX.split(line)[-1])[0].strip().removesuffix(".")
+    apart = _apart(tail.rstrip().rstrip(" \t\r\n."))
+    if _OPEN_BOX.search(line if apart is None else apart):
+        return _opened(line if apart is None else apart)
+    if apart is not None:
+        return _result(apart)
     spans = list(_MATH_SPAN.finditer(line))
-    return _span(spans[-1]) if spans else None
+    return _result(_span(spans[-1])) if spans else None
+
+
+def _apart(tail: str) -> str | None:
+    """The formula that the text ends with, where it is set apart, also in several lines."""
+    for begin, end in _DISPLAYS:
+        begins = list(begin.finditer(tail, 0, len(tail) - len(end))) if tail.endswith(end) else []
+        # Of an odd number of "$$" the last one begins a formula that is missing.
+        if begins and (end == r"\]" or len(begins) % 2):
+            found = tail[begins[-1].end() : -len(end)].strip()
+            return found if len(found) <= MAX_ANSWER else None
+    return None
+
+
+def _result(formula: str) -> str | None:
+    """What stands behind the last "=" of a formula; an equation with 0 there is an answer itself."""
+    before, _, value = formula.rpartition("=")
+    value = _bare(value)
+    return (_bare(formula) if value == "0" and "=" not in before else value) or None
+
+
+def _opened(text: str) -> str | None:
+    """What the last box says that is never closed: the rest of its formula."""
+    return _result(_FORMULA_END.split(_OPEN_BOX.split(text)[-1])[0])
+
+
+def _bare(formula: str) -> str:
+    """A formula without the full stop behind it, and without the end of an environment that began before it."""
+    formula = formula.strip().removesuffix(".")
+    if formula.count(r"\end{") > formula.count(r"\begin{"):
+        formula = formula.rpartition(r"\end{")[0].rstrip().removesuffix(r"\\").rstrip().removesuffix(".")
+    return formula.strip()
 
 
 def _span(match: re.Match[str]) -> str:
-    """What the formula says; of a box in it that is never closed the contents."""
-    return _OPEN_BOX.split(next(group for group in match.groups() if group is not None))[-1].strip()
+    return next(group for group in match.groups() if group is not None).strip()
 
 
 def _token(match: re.Match[str] | None) -> str | None:
