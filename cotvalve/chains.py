@@ -100,6 +100,7 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
     known = {problem.id: problem for problem in asked}
     boxed = "\\boxed" in prompt(how["prompt"]).user
     found: dict[str, list[Judged]] = {name: [] for name in known}
+    elsewhere = 0
     with closing(RowStore(path / "rows.sqlite")) as store:
         for row in store.rows():
             if row["problem"] not in known:
@@ -107,8 +108,12 @@ def judged(folder: str | Path, data_dir: str | None = None) -> tuple[list[tuple[
             if row["finish"] != "error":
                 chain = Chain(row["text"], row["tokens"], row["alpha"] if how["direction"] else 1.0)
                 cut = row["finish"] == "length"  # grading takes an answer that stood before the cut
-                right = row["correct"] and not cut and (not boxed or bool(boxes(visible(row["text"]))))
+                right = row["correct"] and not cut
+                if right and boxed and not boxes(visible(row["text"])):
+                    right, elsewhere = False, elsewhere + 1
                 found[row["problem"]].append(Judged(chain, right, cut))
+    if elsewhere and not any(one.right for chains in found.values() for one in chains):
+        raise DataError(f"{folder}: all {elsewhere} right answers stand outside of the box that the prompt '{how['prompt']}' asks for, and count as wrong; ask with --prompt plain")
     return [(known[name], chains) for name, chains in found.items()], made
 
 

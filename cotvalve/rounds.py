@@ -28,7 +28,8 @@ TABLE = "rounds.md"
 """What a run folder of `reward` shows of itself."""
 
 HEAD = (
-    "What each round sampled, at temperature 1, on training questions of its own: the direction as the round began. Look at the last one on held-out questions.", "",
+    "What each round sampled, at temperature 1, on training questions of its own: the direction as the round began. Look at the last one on held-out questions. "
+    "Right is what grading says: without the box that the prompt asked for it earned nothing.", "",
     "| round | alpha | right % | mean tokens of right chains |", "| --: | --: | --: | --: |",
 )  # fmt: skip
 

@@ -409,6 +409,17 @@ def test_a_chain_without_the_box_that_was_asked_for_is_not_right(tmp_path: Path)
     assert all(right[end] for end in ends), "nobody asked for a box"
 
 
+def test_a_model_that_leaves_out_every_box_is_told_how_to_ask(tmp_path: Path) -> None:
+    """All its chains were wrong, and it was told to sample several at each alpha but 0."""
+    data = sampled(tmp_path / "mix", prompt="boxed", limit=3)
+    with closing(sqlite3.connect(data / "rows.sqlite")) as db, db:
+        found = [(key, json.loads(value)) for key, value in db.execute("SELECT key, value FROM rows")]
+        for key, row in found:
+            db.execute("UPDATE rows SET value = ? WHERE key = ?", (json.dumps({**row, "text": "The answer is 7.", "correct": key == found[0][0], "finish": "stop"}), key))
+    with pytest.raises(DataError, match=r"all 1 right answers stand outside of the box that the prompt 'boxed' asks for, and count as wrong; ask with --prompt plain"):
+        judged(data)
+
+
 def test_chains_that_are_no_sample_of_the_direction_are_refused(tmp_path: Path) -> None:
     data = sampled(tmp_path / "mix")
     with pytest.raises(SettingError, match=r"chains of another direction \(tiny-valve\) than the one that learns \(a new one\)"):
