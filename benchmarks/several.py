@@ -3,11 +3,12 @@
     python benchmarks/several.py results/reproduction/mathsteps0/{bold,bolder}-math500 results/reproduction/mathsteps0/{bold,bolder}-heldout --alphas 1
     python benchmarks/several.py results/reproduction/mathsteps0/ended-heldout --against results/reproduction/mathsteps{0,1}/bolder-heldout
 
-A sweep of a run folder is named by its step, and all its dials count. Their mean is taken question by question, beside the
-plain model of the same sweeps, or beside the mean of the sweeps that --against names at the same position. One dial of many is
-chosen by luck as well; the mean over all of them is not. The last line of a set is the mean over its positions, and sweeps of several
-sets are told together too, every question alike. Intervals are 95 %, over questions (bootstrap): the dials are held as they
-are, so they say what other questions would show and not what other training would.
+A sweep of a run folder is named by its step, and all its dials count, each alike. Their mean is taken question by question, beside
+the plain model of the same sweeps, or beside the mean of the sweeps that --against names at the same position: at positions that all
+of the dials have, on questions of a set that all of its dials answered. One dial of many is chosen by luck as well; the mean over all
+of them is not. The last line of a set is the mean over its positions, and sweeps of several sets are told together too, every question
+alike. Intervals are 95 %, over questions (bootstrap): the dials are held as they are, so they say what other questions would show and
+not what other training would.
 """
 
 import argparse
@@ -24,13 +25,13 @@ sys.path.insert(0, str(ROOT))
 from cotvalve.baselines import PLAIN, PROMPTED  # noqa: E402
 from cotvalve.errors import CotvalveError, DataError  # noqa: E402
 from cotvalve.figures import alpha_label  # noqa: E402
-from cotvalve.records import Json, read_parquet  # noqa: E402
+from cotvalve.records import Json, read_json, read_parquet  # noqa: E402
 from cotvalve.report import number, signed, span, table  # noqa: E402
-from cotvalve.resampling import Floats, interval, resamples  # noqa: E402
+from cotvalve.resampling import Floats, interval, resamples, widened  # noqa: E402
 from cotvalve.types import Interval  # noqa: E402
 
-Place = tuple[str, float]
-"""A data set and a position."""
+Dial = dict[float, dict[str, list[float]]]
+"""By position and question what `values` gives."""
 MEASURES = ("right", "tokens", "truncated")
 
 
@@ -39,26 +40,36 @@ class Compared:
     """Two sides on the same questions: P questions by the three MEASURES."""
 
     where: str
+    asked: int
+    """Questions that any of the dials answered."""
     position: str
     ours_P_3: Floats
     theirs_P_3: Floats
 
 
-def side(steps: Sequence[Path], plain: bool) -> dict[str, dict[Place, list[Json]]]:
-    """Rows by question, data set and position, of all dials of these sweeps or of their plain models."""
-    found: dict[str, dict[Place, list[Json]]] = {}
+def side(steps: Sequence[Path], plain: bool) -> dict[str, list[Dial]]:
+    """The dials of these sweeps by data set, or in place of each the plain model of its sweep, which is the same at every position."""
+    found: dict[str, list[Dial]] = {}
+    if len({step.resolve() for step in steps}) < len(steps):
+        raise DataError("a sweep is named twice, and its dials would count twice")
     for step in steps:
         if not (step / "rows.parquet").exists():
             raise DataError(f"{step}: no rows.parquet; name a finished sweep's folder, as results/reproduction/0/main-gsm8k")
-        rows = read_parquet(step / "rows.parquet")
-        steered = {(row["system"], row["alpha"]) for row in rows if row["system"] != PLAIN and not row["system"].startswith(PROMPTED) and row["alpha"]}
-        for row in rows:
+        split = read_json(step / "run.json")["settings"]["split"]
+        systems: dict[tuple[str, str], dict[float, dict[str, list[Json]]]] = {}
+        for row in read_parquet(step / "rows.parquet"):
             if row["finish"] == "error":
                 raise DataError(f"{step}: question {row['problem']} could not be run; finish the sweep")
-            own = [place for place in steered if place == (row["system"], row["alpha"])]
-            # Once for every dial that is compared with it, so that both sides weigh the sweeps alike.
-            for _, alpha in [place for place in steered if row["system"] == PLAIN] if plain else own:
-                found.setdefault(row["problem"], {}).setdefault((row["dataset"], alpha), []).append(row)
+            if not row["system"].startswith(PROMPTED):
+                systems.setdefault((row["dataset"], row["system"]), {}).setdefault(row["alpha"], {}).setdefault(row["problem"], []).append(row)
+        for (dataset, system), dial in systems.items():
+            positions = [alpha for alpha in dial if alpha]
+            if system == PLAIN or not positions:
+                continue
+            if plain:
+                dial = dict.fromkeys(positions, systems[dataset, PLAIN][0.0])
+            own = {alpha: {name: values(rows) for name, rows in dial[alpha].items()} for alpha in positions}
+            found.setdefault(dataset if split == "test" else f"{dataset} {split}", []).append(own)
     return found
 
 
@@ -71,21 +82,33 @@ def values(rows: Sequence[Json]) -> list[float]:
 def compared(steps: Sequence[Path], against: Sequence[Path], alphas: Sequence[float], prefix: str = "") -> list[Compared]:
     """Each set at each position and over all of them, then the sets together; only questions whose ids begin with `prefix`."""
     ours, theirs = side(steps, plain=False), side(against or steps, plain=not against)
-    shared = {name for name in ours.keys() & theirs.keys() if name.startswith(prefix)}
-    if not shared:
-        raise DataError(f"no question in common whose id begins with '{prefix}'" if prefix else "the two sides have no question in common")
-    places = sorted(set.intersection(*({alpha for _, alpha in each[name]} for name in shared for each in (ours, theirs))))
+    if apart := sorted(ours.keys() ^ theirs.keys()):
+        raise DataError(f"only one side has a sweep of {apart[0]}; name one for the other too, or none")
+    dials = {where: [*ours[where], *theirs[where]] for where in ours}
+    if not dials:
+        raise DataError("no sweep has a dial: a direction at a position other than 0")
+    places = sorted(set.intersection(*(set(dial) for own in dials.values() for dial in own)))
+    all_have = f"all have {', '.join(f'{alpha:g}' for alpha in places)}" if places else "they have none in common"
     if missing := [alpha for alpha in alphas if alpha not in places]:
-        raise DataError(f"not every sweep has alpha {missing[0]:g}; all have {', '.join(f'{alpha:g}' for alpha in places)}")
-    used = [alpha for alpha in places if not alphas or alpha in alphas]
-    named = {name: next(iter(ours[name]))[0] for name in sorted(shared)}
-    sets = list(dict.fromkeys(named.values()))
+        raise DataError(f"not every dial has alpha {missing[0]:g}; {all_have}")
+    used = [alpha for alpha in places if (alpha in alphas if alphas else alpha > 0)]
+    if not used:
+        raise DataError(f"the dials have no position above 0 in common; {all_have}")
+    answered = {where: [{name for name in at if name.startswith(prefix)} for dial in own for at in dial.values()] for where, own in dials.items()}
+    asked = {where: len(set.union(*each)) for where, each in answered.items()}
+    names = {where: sorted(set.intersection(*each)) for where, each in answered.items() if asked[where]}
+    if not names:
+        raise DataError(f"no question has an id that begins with '{prefix}'")
+    if alone := [where for where, each in names.items() if not each]:
+        raise DataError(f"no question of {alone[0]} was answered by all of its dials")
     found: list[Compared] = []
-    for where in [*sets, *["together"] * (len(sets) > 1)]:
-        names = [name for name, own in named.items() if where in (own, "together")]
+    for where, sets in [*((where, [where]) for where in names), *[("together", [*names])] * (len(names) > 1)]:
         for at in [*[[alpha] for alpha in used], *[used] * (len(used) > 1)]:
-            both = [np.array([np.mean([values(each[name][named[name], alpha]) for alpha in at], axis=0) for name in names]) for each in (ours, theirs)]
-            found.append(Compared(where, alpha_label(at[0]) if len(at) == 1 else "all of them", *both))
+            both = [
+                np.array([np.mean([dial[alpha][name] for dial in each[one] for alpha in at], axis=0) for one in sets for name in names[one]])
+                for each in (ours, theirs)
+            ]
+            found.append(Compared(where, sum(asked[one] for one in sets), alpha_label(at[0]) if len(at) == 1 else "all of them", *both))
     return found
 
 
@@ -99,7 +122,13 @@ def changes(here: Compared, draws: int) -> dict[str, tuple[float, Interval]]:
     problems = len(here.ours_P_3)
     seen = all_three(np.ones((1, problems)))[:, 0]
     drawn = np.concatenate([all_three(block) for block in resamples(problems, 0, draws)], axis=1)
-    return {name: (float(estimate), interval(own, float(estimate))) for name, estimate, own in zip(MEASURES, seen, drawn, strict=True)}
+    found: dict[str, tuple[float, Interval]] = {}
+    for column, (name, estimate, own) in enumerate(zip(MEASURES, seen, drawn, strict=True)):
+        ends = interval(own, float(estimate))
+        if name != "tokens" and np.ptp(own) < 1e-9:  # resamples of equal values have no width, which no sample of questions gives
+            ends = widened(ends, here.ours_P_3[:, column] - here.theirs_P_3[:, column])
+        found[name] = float(estimate), ends
+    return found
 
 
 def tables(steps: Sequence[Path], against: Sequence[Path], alphas: Sequence[float], draws: int, prefix: str = "") -> str:
@@ -115,8 +144,12 @@ def tables(steps: Sequence[Path], against: Sequence[Path], alphas: Sequence[floa
         estimate, ends = told[id(line)][name]
         return f"{number(estimate, 2)} [{span(ends, 2)}]" if name == "tokens" else f"{signed(estimate)} [{signed(ends.low)} to {signed(ends.high)}]"
 
+    def data(line: Compared) -> str:
+        used = len(line.ours_P_3)
+        return f"{line.where}, {used:,}" + f" of {line.asked:,}" * (used < line.asked)
+
     columns = {
-        "data": lambda line: f"{line.where}, {len(line.ours_P_3):,}",
+        "data": data,
         "alpha": lambda line: line.position,
         "accuracy %": lambda line: mean(line, 0),
         "points": lambda line: change(line, "right"),

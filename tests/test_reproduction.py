@@ -489,9 +489,10 @@ def test_several_dials_are_told_together_question_by_question(tmp_path: Path) ->
         assert within.low < estimate < within.high
     # Questions count alike, and not the sweeps: six of them, two of which are another set's.
     found = several.compared([tmp_path / name for name in "abc"], [], [])
-    assert [(line.where, line.position, len(line.ours_P_3)) for line in found] == [("math500", "1", 2), ("gsm8k", "1", 4), ("together", "1", 6)]
+    assert [(line.where, line.position, len(line.ours_P_3)) for line in found] == [("gsm8k", "1", 4), ("math500", "1", 2), ("together", "1", 6)]
     assert found[-1].ours_P_3[:, 0].mean() == pytest.approx(7 / 3 / 6)
     assert found[-1].theirs_P_3[:, 2].mean() == pytest.approx(2 / 6)
+    assert [line.position for line in several.compared([tmp_path / "a", tmp_path / "b"], [], [])] == ["1"], "a mean over dials that have the position"
     [against] = several.compared([tmp_path / "b"], [tmp_path / "a"], [], "q1")
     assert against.ours_P_3.tolist() == [[1.0, 125.0, 0.0]]
     assert against.theirs_P_3.tolist() == [[0.0, 50.0, 0.0]]
@@ -499,12 +500,44 @@ def test_several_dials_are_told_together_question_by_question(tmp_path: Path) ->
     assert "| gsm8k, 4 | 1 | 75.0, 25.0 | +50.0 [" in several.tables([tmp_path / "b"], [tmp_path / "a"], [], 99)
 
 
+def test_several_holds_dials_and_sets_apart_where_sweeps_differ(tmp_path: Path) -> None:
+    """Of sweeps with unlike positions, questions, samples or parts of a set it made one mean, of whatever rows a question had."""
+    plain = rows(0.0, "++--", [100] * 4)
+    sweep(tmp_path / "few", {PLAIN: plain[:2], "A": [*rows(-1.0, "--", [200] * 2), *rows(0.5, "++", [60] * 2), *rows(1.0, "++", [50] * 2)]})
+    more = [{**row, "sample": sample} for sample in (1, 2) for row in rows(1.0, "++++", [20] * 4)]
+    sweep(tmp_path / "all", {PLAIN: plain, "B": [*rows(-1.0, "----", [200] * 4), *rows(1.0, "----", [20] * 4), *more]})
+    both = [tmp_path / "few", tmp_path / "all"]
+    [line] = several.compared(both, [], [])
+    assert (line.position, len(line.ours_P_3), line.asked) == ("1", 2, 4)
+    assert line.ours_P_3.tolist() == [[pytest.approx((1 + 2 / 3) / 2), 35.0, 0.0]] * 2, "dials weigh alike, and not their samples"
+    assert line.theirs_P_3.tolist() == [[1.0, 100.0, 0.0]] * 2
+    assert "| gsm8k, 2 of 4 | 1 |" in several.tables(both, [], [], 99)
+    [line] = several.compared(both, [], [-1.0])
+    assert line.ours_P_3[:, 0].tolist() == [0.0, 0.0]
+    held = [{**row, "problem": f"h{row['problem']}"} for row in plain]
+    sweep(tmp_path / "held", {PLAIN: held, "A": [{**row, "alpha": 1.0} for row in held]}, split="heldout")
+    found = several.compared([tmp_path / "all", tmp_path / "held"], [], [1.0])
+    assert [(line.where, len(line.ours_P_3)) for line in found] == [("gsm8k", 4), ("gsm8k heldout", 4), ("together", 8)]
+    # Nothing differs, and of four questions that does not say that nothing would.
+    _, ends = several.changes(found[1], 99)["right"]
+    assert ends.low < -50 < 50 < ends.high
+
+
 def test_several_says_what_it_needs(tmp_path: Path) -> None:
     sweep(tmp_path / "a", {PLAIN: rows(0.0, "+-", [9] * 2), "A": rows(1.0, "+-", [9] * 2)})
+    sweep(tmp_path / "half", {PLAIN: rows(0.0, "+-", [9] * 2), "A": rows(0.5, "+-", [9] * 2)})
+    sweep(tmp_path / "none", {PLAIN: rows(0.0, "+-", [9] * 2)})
+    apart = [{**row, "problem": f"p{row['problem']}"} for row in rows(1.0, "+-", [9] * 2)]
+    sweep(tmp_path / "apart", {PLAIN: [{**row, "alpha": 0.0} for row in apart], "A": apart})
+    sweep(tmp_path / "held", {PLAIN: rows(0.0, "+-", [9] * 2), "A": rows(1.0, "+-", [9] * 2)}, split="heldout")
     sweep(tmp_path / "b", {PLAIN: rows(0.0, "+-", [9] * 2), "A": [{**row, "finish": "error"} for row in rows(1.0, "+-", [9] * 2)]})
-    for told, steps, alphas, prefix in (("no rows.parquet", ["nothing"], [], ""), ("not every sweep has alpha 0.5; all have 1", ["a"], [0.5], ""), ("begins with 'x'", ["a"], [], "x"), ("q0 could not be run", ["b"], [], "")):
+    for told, steps, alphas, prefix in (("no rows.parquet", ["nothing"], [], ""), ("not every dial has alpha 0.5; all have 1", ["a"], [0.5], ""), ("begins with 'x'", ["a"], [], "x"), ("q0 could not be run", ["b"], [], ""),
+                                         ("no position above 0 in common; they have none", ["a", "half"], [], ""), ("no sweep has a dial", ["none"], [], ""), ("named twice", ["a", "a"], [], ""),
+                                         ("no question of gsm8k was answered by all", ["a", "apart"], [], "")):  # fmt: skip
         with pytest.raises(DataError, match=told):
             several.compared([tmp_path / step for step in steps], [], alphas, prefix)
+    with pytest.raises(DataError, match="only one side has a sweep of gsm8k heldout"):
+        several.compared([tmp_path / "a", tmp_path / "held"], [tmp_path / "a"], [])
 
 
 def test_steps_of_one_name_are_the_same_in_every_recipe() -> None:
