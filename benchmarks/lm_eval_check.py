@@ -187,16 +187,19 @@ def _only_theirs(view: str, seen: Seen) -> str:
         return "sum" if "+" in parts[1] else "apart"
     if given is None or not _same(seen.gold.answer, read):
         return "other"
-    if not re.search(r"\d", given):
+    text = _visible(seen.text)
+    boxed = boxes(text)
+    if boxed and not re.search(r"\d", given) and re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", given):
         return "silent"
-    whole, last = re.escape(read), _visible(seen.text).strip().rpartition("\n")[2]
+    whole, last = re.escape(read), text.strip().rpartition("\n")[2]
     if re.search(rf"(?<!\d){whole}(?!\d)", given) or re.search(rf"(?<![\d:]){whole}:\d\d", last):
         return "part"
-    if not boxes(_visible(seen.text)) and "Final Answer" in seen.text:
+    if not boxed and "Final Answer" in seen.text:
         return "heading"
     if _behind(seen):
         return "chance"
-    return "remark" if view == "math_verify" and not boxes(_visible(seen.text)) else "other"
+    # Anything else without a box may be chance as well: a remark stands behind what the text came to.
+    return "remark" if view == "math_verify" and not boxed and re.search(rf"=\s*\\?\$?{whole}(?!\d)", text) else "other"
 
 
 def _visible(text: str) -> str:

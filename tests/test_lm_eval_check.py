@@ -30,6 +30,8 @@ CASES = {
     "remark": ("math_verify", "240", "He uses $4 \\times 60 = 240$ sheets.\nThere are 30 sheets on a pad, so assuming 4 weeks is appropriate.", "240; 240", False),
     "hour": ("math_verify", "2", r"It is \boxed{2:00 \text{ pm}}.", "zoo; 2:00", False),
     "other": ("flexible-extract", "7", r"It is \boxed{7}.", "8", False),
+    "other of a letter": ("math_verify", "5", r"So $x = 5$, that is \boxed{x}.", "5; 5", False),
+    "other of a number before": ("math_verify", "4", "There are $4$ boys. The number of students is 17.", "4; 4", False),
 }
 
 
