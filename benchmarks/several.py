@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cotvalve.baselines import PLAIN, PROMPTED  # noqa: E402
+from cotvalve.baselines import PLAIN  # noqa: E402
 from cotvalve.errors import CotvalveError, DataError  # noqa: E402
 from cotvalve.figures import alpha_label  # noqa: E402
 from cotvalve.records import Json, read_json, read_parquet  # noqa: E402
@@ -60,10 +60,9 @@ def side(steps: Sequence[Path], plain: bool) -> dict[str, list[Dial]]:
         for row in read_parquet(step / "rows.parquet"):
             if row["finish"] == "error":
                 raise DataError(f"{step}: question {row['problem']} could not be run; finish the sweep")
-            if not row["system"].startswith(PROMPTED):
-                systems.setdefault((row["dataset"], row["system"]), {}).setdefault(row["alpha"], {}).setdefault(row["problem"], []).append(row)
+            systems.setdefault((row["dataset"], row["system"]), {}).setdefault(row["alpha"], {}).setdefault(row["problem"], []).append(row)
         for (dataset, system), dial in systems.items():
-            positions = [alpha for alpha in dial if alpha]
+            positions = [alpha for alpha in dial if alpha]  # control by prompt has none
             if system == PLAIN or not positions:
                 continue
             if plain:

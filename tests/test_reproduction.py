@@ -477,7 +477,7 @@ def test_several_dials_are_told_together_question_by_question(tmp_path: Path) ->
     plain = rows(0.0, "++--", [200, 300, 200, 300])
     sweep(tmp_path / "a", {PLAIN: plain, PROMPT: rows(None, "----", [9] * 4), "A": [*rows(0.0, "++--", [200] * 4), *rows(0.5, "++--", [100] * 4), *rows(1.0, "+-#-", [50] * 4)]})
     sweep(tmp_path / "b", {PLAIN: plain, "A": rows(1.0, "++--", [100] * 4), "B": rows(1.0, "++++", [150] * 4)})
-    other = [{**row, "problem": f"p{row['problem']}"} for row in rows(1.0, "##", [80] * 2)]
+    other = [{**row, "problem": f"p{row['problem']}", "correct": True} for row in rows(1.0, "##", [80] * 2)]  # given before the cut
     sweep(tmp_path / "c", {PLAIN: [{**row, "alpha": 0.0} for row in other], "A": other}, data="math500")
     [all_three] = several.compared([tmp_path / "a", tmp_path / "b"], [], [1.0])
     assert (all_three.where, all_three.position) == ("gsm8k", "1")
@@ -496,7 +496,9 @@ def test_several_dials_are_told_together_question_by_question(tmp_path: Path) ->
     [against] = several.compared([tmp_path / "b"], [tmp_path / "a"], [], "q1")
     assert against.ours_P_3.tolist() == [[1.0, 125.0, 0.0]]
     assert against.theirs_P_3.tolist() == [[0.0, 50.0, 0.0]]
-    assert len(several.compared([tmp_path / "a"], [], [])) == 3, "two positions and both together"
+    half, whole, all_of_them = several.compared([tmp_path / "a"], [], [])
+    assert [line.position for line in (half, whole, all_of_them)] == ["0.5", "1", "all of them"]
+    assert all_of_them.ours_P_3.tolist() == ((half.ours_P_3 + whole.ours_P_3) / 2).tolist()
     assert "| gsm8k, 4 | 1 | 75.0, 25.0 | +50.0 [" in several.tables([tmp_path / "b"], [tmp_path / "a"], [], 99)
 
 
