@@ -25,9 +25,9 @@ _ANSWER_IS = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"(?<!\b[ap])(?<!\b[ap]\.m)(?<!\bMr)(?<!\bM[rs]s)(?<!\bDr)\.(?=\s|$)|\n")
-# Behind another backslash none begins a formula: the "\\[2pt]" of a matrix ends its row.
-_MATH_SPAN = re.compile(r"(?<!\\)(?:\$\$?((?:[^$\\]|\\.){1,400}+)\$\$?|\\\(([^\n]{1,400}?)\\\)|\\\[(.{1,400}?)\\\])", re.DOTALL)
+_MATH_SPAN = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.){1,400}+)\$\$?|\\\(([^\n]{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
 _DISPLAY = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$", re.DOTALL)
+# Behind another backslash a bracket begins no formula: the "\\[2pt]" of a matrix ends its row.
 _DISPLAYS = ((re.compile(r"(?<!\\)\\\["), r"\]"), (re.compile(r"\$\$"), "$$"))
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{(?!\s*\})")
 _FORMULA_END = re.compile(r"(?<!\\)(?:\\[)\]]|\$)")
@@ -182,8 +182,7 @@ def _apart(tail: str) -> str | None:
         begins = list(begin.finditer(tail, 0, len(tail) - len(end))) if tail.endswith(end) else []
         # Of an odd number of "$$" the last one begins a formula that is missing.
         if begins and (end == r"\]" or len(begins) % 2):
-            found = tail[begins[-1].end() : -len(end)].strip()
-            return found if len(found) <= MAX_ANSWER else None
+            return tail[begins[-1].end() : -len(end)]
     return None
 
 
@@ -201,10 +200,10 @@ def _opened(text: str) -> str | None:
 
 def _bare(formula: str) -> str:
     """A formula without the full stop behind it, and without the end of an environment that began before it."""
-    formula = formula.strip().removesuffix(".")
+    formula = formula.strip()
     if formula.count(r"\end{") > formula.count(r"\begin{"):
-        formula = formula.rpartition(r"\end{")[0].rstrip().removesuffix(r"\\").rstrip().removesuffix(".")
-    return formula.strip()
+        formula = formula.rpartition(r"\end{")[0].rstrip().removesuffix(r"\\").rstrip()
+    return formula.removesuffix(".").strip()
 
 
 def _span(match: re.Match[str]) -> str:
