@@ -166,11 +166,6 @@ def part(seeds: Seeds, ids: set[str]) -> Seeds:
     return {seed: [row for row in rows if row["problem"] in ids] for seed, rows in seeds.items()}
 
 
-def part_of(seeds: Seeds, folders: set[str]) -> Seeds:
-    """Only the rows of these run folders; all where none is there, so that a table says what it lacks."""
-    return {seed: rows for seed, rows in seeds.items() if seed in folders} or seeds
-
-
 def pooled(seeds: Seeds) -> list[Json]:
     """The rows of all seeds as samples of the same questions."""
     return [{**row, "sample": (seed, row["sample"])} for seed, rows in seeds.items() for row in rows]
@@ -386,9 +381,9 @@ def equal_length(a: Dial, b: Dial, draws: int) -> Gap:
     length or more: where chains stand or turn back they only get worse. Positions of `a` whose chains are shorter than b's
     shortest or longer than its longest (by more than 2 %) have no equal and are left out.
     """
-    # Of a dial with more seeds only those that both have: the interval is over these.
-    both = set.intersection(*(set(seeds) for dial in (a, b) for seeds in dial.values()))
-    a, b = ({alpha: part_of(seeds, both) for alpha, seeds in dial.items()} for dial in (a, b))
+    # Of a dial with more seeds only those that both have: the interval is over these. (`drawn` refuses sides without any.)
+    if both := set.intersection(*(set(seeds) for dial in (a, b) for seeds in dial.values())):
+        a, b = ({alpha: {seed: seeds[seed] for seed in seeds if seed in both} for alpha, seeds in dial.items()} for dial in (a, b))
     dial = [(alpha, seeds) for alpha, seeds in sorted(b.items(), key=lambda each: each[0] or 0.0) if alpha is not None and alpha >= 0]
     way = np.abs(np.log([rough("", alpha, seeds).tokens_mean for alpha, seeds in dial]) - math.log(rough("", *dial[0]).tokens_mean))
     curve = [seeds for i, (alpha, seeds) in enumerate(dial) if alpha <= 1 or way[i] > way[:i].max() + 0.03]

@@ -119,8 +119,9 @@ def _compare(gold: str, given: str, algebra: Algebra, *, parts: bool) -> str:
     gold, given = _without_name(gold, given)
     if squeezed(gold) == squeezed(given):
         return ""
+    # x + y + z = 0 is an equation, which math-verify reads as three values of 0; a + b = 7 may name what was asked for.
     if re.search(r"=\s?0$", gold) and "=" not in given:
-        return NOT_EQUAL  # math-verify reads x + y + z = 0 as three values of 0
+        return NOT_EQUAL
     try:
         return "" if same_number(number(gold, units=False), number(given, units=False)) else NOT_EQUAL
     except Unreadable as error:
